@@ -40,7 +40,7 @@ class DeviceInfo:
         if device.type == "cuda":
             properties = torch.cuda.get_device_properties(device)
             return cls(properties.name, properties.total_memory)
-        return cls("CPU", HostMemory.read().total // _processes_of_host())
+        return cls("CPU", HostMemory.read().total // processes_of_host())
 
     @property
     def peak_tflops(self) -> float | None:
@@ -53,10 +53,11 @@ def available_memory(device: torch.device) -> int:
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free
-    return HostMemory.read().available // _processes_of_host()
+    return HostMemory.read().available // processes_of_host()
 
 
-def _processes_of_host() -> int:
+def processes_of_host() -> int:
+    """Returns the number of this run's processes on this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 

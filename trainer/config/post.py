@@ -40,7 +40,8 @@ class DomainConfig(Section):
     the checker reads the other fields."""
     checker: str | None = None
     """Function that scores an answer: its name among the built-in ones, or `package.module:name`
-    of your own (docs/post-training.md). `reinforce` needs one; with `distil` it only measures."""
+    or `folder/file.py:name` of your own (docs/post-training.md). `reinforce` needs one; with
+    `distil` it only measures."""
     weight: Weight = 1.0
     """Share of a step's prompts, relative to the other domains."""
     teacher: str | None = None
@@ -210,6 +211,16 @@ class PostConfig(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _waits_for_programs(self) -> Self:
+        """`checker_seconds` is more than `sandbox.wall_seconds`."""
+        if self.checker_seconds <= self.sandbox.wall_seconds:
+            raise ValueError(
+                f"checker_seconds = {self.checker_seconds:g} should be more than "
+                f"sandbox.wall_seconds = {self.sandbox.wall_seconds:g}, the time of one program"
+            )
+        return self
+
     @property
     def samples_per_rollout(self) -> int:
         """Samples of a rollout, over all ranks."""
@@ -220,6 +231,9 @@ class PostConfig(Section):
 
         def domain_of(domain: DomainConfig) -> DomainConfig:
             paths = {"prompts": absolute(domain.prompts)}
+            file, _, name = (domain.checker or "").rpartition(":")
+            if file.endswith(".py"):
+                paths["checker"] = f"{absolute(file)}:{name}"
             if domain.teacher is not None:
                 paths["teacher"] = absolute(domain.teacher)
             return domain.model_copy(update=paths)

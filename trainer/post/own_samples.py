@@ -7,6 +7,7 @@ file, since the weights that it was sampled with are gone.
 
 from __future__ import annotations
 
+import os
 import time
 from collections import defaultdict
 from collections.abc import Sequence
@@ -17,12 +18,14 @@ import torch
 from data import Batch, Tokenizer
 from trainer.checkpoint import checkpoints_in, step_of
 from trainer.config import Phase, RunConfig
+from trainer.config.post import PostConfig
+from trainer.device import processes_of_host
 from trainer.engine import Engine
 from trainer.parallel.collectives import all_gather_objects, broadcast_object
 from trainer.parallel.grid import Grid
 from trainer.post.advantages import group_advantages, length_penalty
 from trainer.post.answer import Answer, SamplingSettings
-from trainer.post.checks import Check, Checkers
+from trainer.post.checkers import CheckerPool, Response, Score, read_response
 from trainer.post.objective import PolicyObjective
 from trainer.post.prompts import Prompt, Prompts
 from trainer.post.rollout import RolloutFiles, Sample
@@ -37,7 +40,7 @@ class OwnSamples:
     Attributes:
         objective: the loss of these batches.
 
-    Raises ConfigError for prompts and checkers that cannot be used.
+    Raises ConfigError for prompts, and PostTrainingError for checkers, that cannot be used.
     """
 
     def __init__(
@@ -47,7 +50,7 @@ class OwnSamples:
         self._config, self._post, self._grid = config, config.post, grid
         self._tokenizer, self._heartbeat = tokenizer, heartbeat
         self._prompts = Prompts(config, tokenizer)
-        self._checkers = Checkers(config.post)
+        self._checkers = _open_checkers(config.post)
         post = config.post
         self._files = RolloutFiles(config.run_dir, post.keep_rollouts, post.steps_per_rollout)
         self._samples: list[Sample] = []
@@ -106,7 +109,7 @@ class OwnSamples:
         self._seconds["check"] = time.perf_counter() - start
         return self._judge(prompts, answers, checks)
 
-    def _check(self, prompts: Sequence[Prompt], answers: list[list[Answer]]) -> list[list[Check]]:
+    def _check(self, prompts: Sequence[Prompt], answers: list[list[Answer]]) -> list[list[Score]]:
         """Returns what the checkers give each answer; ranks divide the answers."""
         pairs = [
             (prompt, answer)
@@ -114,14 +117,29 @@ class OwnSamples:
             for answer in group
         ]
         world = self._grid.world
-        local = []
-        for prompt, answer in pairs[world.rank :: world.size]:
-            self._heartbeat.enter("checking answers")
-            local.append(self._checkers.check(prompt.domain, prompt.record, self._text(answer)))
+        checked = [
+            (checker, self._response(prompt, answer))
+            for prompt, answer in pairs[world.rank :: world.size]
+            if (checker := self._post.domains[prompt.domain].checker) is not None
+        ]
+        scores = iter(self._checkers.score(checked, self._beat_check))
+        local = [
+            Score(0.0) if self._post.domains[prompt.domain].checker is None else next(scores)
+            for prompt, _ in pairs[world.rank :: world.size]
+        ]
         by_rank = all_gather_objects(local, world)
         flat = [by_rank[n % world.size][n // world.size] for n in range(len(pairs))]
         size = self._post.samples_per_prompt
         return [flat[first : first + size] for first in range(0, len(flat), size)]
+
+    def _response(self, prompt: Prompt, answer: Answer) -> Response:
+        is_text = isinstance(prompt.record.get("prompt"), str)
+        effort = None if is_text else prompt.effort
+        question = prompt.ids[1:]  # without bos
+        return read_response(question, answer.ids, self._tokenizer, effort, prompt.record)
+
+    def _beat_check(self) -> None:
+        self._heartbeat.enter("checking answers")
 
     def _text(self, answer: Answer) -> str:
         """Returns an answer as text, special tokens included, without its eos."""
@@ -129,13 +147,13 @@ class OwnSamples:
         return self._tokenizer.decode(answer.ids[:-1] if is_finished else answer.ids)
 
     def _judge(
-        self, prompts: Sequence[Prompt], answers: list[list[Answer]], checks: list[list[Check]]
+        self, prompts: Sequence[Prompt], answers: list[list[Answer]], checks: list[list[Score]]
     ) -> list[Sample]:
         """Puts rewards and advantages to the answers."""
         length = self._post.policy.length
         rewards = [
             [
-                check.score - length_penalty(len(answer.ids), prompt.effort, length)
+                check.reward - length_penalty(len(answer.ids), prompt.effort, length)
                 for answer, check in zip(group, of_group, strict=True)
             ]
             for prompt, group, of_group in zip(prompts, answers, checks, strict=True)
@@ -149,11 +167,11 @@ class OwnSamples:
                 line=prompt.line,
                 question=self._tokenizer.decode(prompt.ids),
                 text=self._text(answer),
-                score=checks[number][k].score,
+                score=checks[number][k].reward,
                 reward=rewards[number][k],
                 advantage=float(advantages[number, k]),
                 finished=answer.ids[-1] == self._tokenizer.eos_id,
-                problem=checks[number][k].problem,
+                problem=checks[number][k].failure or None,
                 prompt_ids=prompt.ids,
                 ids=answer.ids,
                 log_probabilities=answer.log_probabilities,
@@ -161,6 +179,16 @@ class OwnSamples:
             for number, prompt in enumerate(prompts)
             for k, answer in enumerate(answers[number])
         ]
+
+
+def _open_checkers(post: PostConfig) -> CheckerPool:
+    workers = max(len(os.sched_getaffinity(0)) // processes_of_host(), 1)
+    return CheckerPool(
+        {domain.checker for domain in post.domains if domain.checker is not None},
+        post.sandbox,
+        post.checker_workers or workers,
+        post.checker_seconds,
+    )
 
 
 def _of_samples(samples: Sequence[Sample]) -> dict[str, float]:

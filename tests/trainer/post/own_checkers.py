@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from trainer.post.checkers import Response
 
 
-def count_a(record: Mapping[str, Any], text: str) -> float:
-    return text.count("a") / max(len(text), 1)
+def count_a(response: Response) -> float:
+    return response.text.count("a") / max(len(response.text), 1)
 
 
-def constant(record: Mapping[str, Any], text: str) -> float:
+def constant(response: Response) -> float:
     return 0.5
 
 
-def raises_on_a(record: Mapping[str, Any], text: str) -> float:
-    if "a" in text:
+def raises_on_a(response: Response) -> float:
+    if "a" in response.text:
         raise ValueError("no a is allowed")
     return 1.0

@@ -118,7 +118,7 @@ def test_a_checker_that_raises_is_counted(tiny: Path, tmp_path: Path) -> None:
     samples = rollout(run, 0)
     failed = [sample for sample in samples if sample["problem"] is not None]
     assert failed and all("a" in sample["text"] and sample["score"] == 0 for sample in failed)
-    assert failed[0]["problem"] == "ValueError: no a is allowed"
+    assert failed[0]["problem"] == "it raised ValueError: no a is allowed"
     assert column(run, "post")[0]["checker_problems"] == len(failed)
 
 
