@@ -68,6 +68,7 @@ class Activity:
     def __init__(self, what: str, total: float = 0, unit: str = "", visible: bool = True) -> None:
         self.what, self.total, self.unit = what, total, unit
         self.done = 0.0
+        self.before = 0.0  # of what is done, that an earlier run did
         self._start = time.monotonic()
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._report, daemon=True) if visible else None
@@ -96,8 +97,8 @@ class Activity:
         if self.total:
             parts[0] += f": {self.done:,.0f} of {self.total:,.0f} {self.unit}"
         parts.append(f"{spent:.0f} s")
-        if 0 < self.done < self.total:
-            left = whole_seconds(spent * (self.total / self.done - 1))
+        if self.before < self.done < self.total:
+            left = whole_seconds(spent * (self.total - self.done) / (self.done - self.before))
             parts.append(f"about {left} left")
         return ", ".join(parts)
 

@@ -12,8 +12,8 @@ class PrepareSlurmConfig(Section):
     """Null: the cluster's default."""
     qos: str | None = None
     """Quality of service; null: the default of the account."""
-    time: str = "24:00:00"
-    """Limit of a job, as sbatch takes it."""
+    time: str | None = None
+    """Limit of a job, as sbatch takes it; null: the partition's default."""
     cpus_per_job: int = Field(default=1, ge=1, le=1024)
     """Cores of a job, which tokenises with all of them. [cores]"""
     gigabytes_per_cpu: int = Field(default=4, ge=1, le=4096)

@@ -55,7 +55,7 @@ class Engine(ABC):
             remaining = []
             for task in tasks:
                 if task.is_done(folder):
-                    progress.advance(task, task.size)
+                    progress.skip(task)
                 else:
                     remaining.append(task)
             if remaining:

@@ -58,3 +58,8 @@ class Progress:
         """Adds `size` bytes to the progress of a task's group."""
         self.bar.update(self.tasks[task.group], advance=size)
         self.lines.advance(size / 1e6)
+
+    def skip(self, task: Task) -> None:
+        """Adds a task that was done before, from which nothing follows for the time left."""
+        self.lines.before += task.size / 1e6
+        self.advance(task, task.size)

@@ -57,7 +57,8 @@ class RayEngine(RemoteEngine):
         try:
             blind = self.ray.get(reference)
         except self.ray.exceptions.RayError as error:
-            return str(error).strip().splitlines()[0]
+            lines = str(error).strip().splitlines()  # of a Python error, the last line names it
+            return lines[-1] if isinstance(error, self.ray.exceptions.RayTaskError) else lines[0]
         if blind:
             raise DataError(blind)
         return "it left no report"

@@ -24,7 +24,7 @@ from data.prepare.engines.remote import NOBODYS_FAULT, Job, RemoteEngine
 from data.prepare.engines.worker import LOGS
 from data.prepare.task import Preparation, Task
 
-_JOB_BYTES = 256 << 20  # some minutes of work, beside which starting Python takes little
+_JOB_BYTES = 128 << 20  # a minute of tokenising, of which opening the tokenizer takes 3 s
 _MAX_JOBS = 1000  # of an array, by Slurm's defaults
 _MAX_POLL_SECONDS = 15.0
 _ENDED = {
@@ -42,6 +42,7 @@ class SlurmEngine(RemoteEngine):
         self.name = f"v4-prepare-{place[:12]}"  # by which later runs find what this one left
         self.ids: dict[str, str] = {}
         self.submitted = 0.0
+        self.explained: set[str] = set()
         self.handlers: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Self:
@@ -119,12 +120,21 @@ class SlurmEngine(RemoteEngine):
         except DataError as error:  # the controller restarts; the jobs continue meanwhile
             print_line(f"v4: {error}", sys.stderr)
             return {}
+        self._explain_waiting([states[i] for i in self.ids.values() if i in states])
         ended = {}
         for name in running:
             state, node = states.get(self.ids[name], ("", ""))
             if not state or state in _ENDED:
                 ended[name] = self._describe(name, state or "no longer listed", node)
         return ended
+
+    def _explain_waiting(self, states: list[tuple[str, str]]) -> None:
+        """Logs once why no job runs, such as a limit that none can meet."""
+        reasons = {reason for state, reason in states if state == "PENDING"}
+        reasons -= self.explained | {"(None)", "(Priority)", "(Resources)"}
+        if reasons and not any(state == "RUNNING" for state, _ in states):
+            print_line(f"v4: the jobs of Slurm wait: {' '.join(sorted(reasons))}", sys.stderr)
+            self.explained |= reasons
 
     def _describe(self, name: str, state: str, node: str) -> str:
         if state == "PREEMPTED":
@@ -133,14 +143,14 @@ class SlurmEngine(RemoteEngine):
         if self._report(name).exists():
             return f"{job} ended: {state}"
         return (
-            f"{job} ended before it began: {state}; does {node or 'its node'} see "
+            f"{job} ended before it began: {state} {node}; does its node see "
             f"{self.files.absolute()} and {sys.executable}?"
         )
 
     def _states(self) -> dict[str, tuple[str, str]]:
-        """State and node of each job by its id, as long as Slurm remembers it."""
+        """State, and node or reason to wait, of each job that Slurm remembers, by its id."""
         options = ["--me", "--noheader", "--array", "--states=all", f"--name={self.name}"]
-        lines = _run("squeue", *options, "--format=%i|%T|%N").splitlines()
+        lines = _run("squeue", *options, "--format=%i|%T|%R").splitlines()
         fields = (line.strip().split("|") for line in lines if line.strip())
         return {number: (state, node) for number, state, node in fields}
 

@@ -62,7 +62,7 @@ def test_no_slurm_here(config: DataConfig, tmp_path: Path, monkeypatch: pytest.M
 def test_jobs_are_of_equal_size_and_worth_their_start() -> None:
     tasks = [FilterTask(name=str(i), size=size << 20, item=i) for i, size in enumerate([90] * 40)]
     jobs = _divide(tasks, 2)
-    assert sorted(len(job) for job in jobs) == [2, 2] + [3] * 12
+    assert sorted(len(job) for job in jobs) == [1] * 16 + [2] * 12
     assert {task.name for job in jobs for task in job} == {task.name for task in tasks}
     assert [len(job) for job in _divide(tasks[:3], 8)] == [1, 1, 1]
     assert len(_divide(tasks[:4], 2)) == 2
