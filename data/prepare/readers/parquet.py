@@ -26,13 +26,14 @@ def read(source: SourceConfig, piece: Piece) -> Iterator[Record]:
         wanted = [source.field]
         if source.content == "conversation" and source.effort_field in names:
             wanted.append(source.effort_field)
-        groups = None if piece.stop is None else range(piece.start, piece.stop)
+        stop = table.num_row_groups if piece.stop is None else piece.stop
         number = sum(table.metadata.row_group(group).num_rows for group in range(piece.start))
-        for batch in table.iter_batches(_ROWS, row_groups=groups, columns=wanted):
-            for row in zip(*map(_strings, batch.columns), strict=True):
-                number += 1
-                values = dict(zip(wanted, row, strict=True))
-                yield _row(f"row {number} of {file}", number, values)
+        for group in range(piece.start, stop):  # one after another, which bounds the memory
+            for batch in table.iter_batches(_ROWS, row_groups=[group], columns=wanted):
+                for row in zip(*map(_strings, batch.columns), strict=True):
+                    number += 1
+                    values = dict(zip(wanted, row, strict=True))
+                    yield _row(f"row {number} of {file}", number, values)
 
 
 def divide(source: SourceConfig, file: Piece, part_bytes: int) -> list[Piece] | str:
