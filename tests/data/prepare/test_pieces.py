@@ -25,6 +25,8 @@ from data.indexed import open_shard
 from data.prepare.corpus import BadRecord, Corpus
 from data.prepare.pieces import Piece
 from data.prepare.readers import divide
+from data.prepare.readers.frames import frame_starts
+from data.prepare.readers.streams import PieceStream
 from data.prepare.run import prepare
 from data.prepare.work_item import WorkItem, work_items
 from data.storage import as_path
@@ -44,17 +46,41 @@ def test_a_work_item_travels_as_json() -> None:
     assert [piece.path for piece in copy.pieces] == paths
 
 
-def bgzip(content: bytes, block: int) -> bytes:
+def bgzip(content: bytes, block: int, level: int = 6) -> bytes:
     """Blocks as bgzip writes them, and the empty one at the end."""
     blocks = []
     for start in [*range(0, len(content), block), len(content)]:
         part = content[start : start + block]
-        packer = zlib.compressobj(6, zlib.DEFLATED, -15)
+        packer = zlib.compressobj(level, zlib.DEFLATED, -15)
         body = packer.compress(part) + packer.flush()
         extra = struct.pack("<BBHH", 66, 67, 2, len(body) + 25)
         header = b"\x1f\x8b\x08\x04" + bytes(4) + b"\x00\xff" + struct.pack("<H", 6) + extra
         blocks.append(header + body + struct.pack("<II", zlib.crc32(part), len(part)))
     return b"".join(blocks)
+
+
+def test_what_looks_like_a_block_of_bgzip_is_none() -> None:
+    fake = b"\x1f\x8b\x08\x04" + bytes(6) + b"\x06\x00BC\x02\x00\x09\x00"
+    content = b"".join(b"%d " % i + fake + b"\n" for i in range(90))
+    packed = bgzip(content, 500, level=0)
+    assert packed.count(fake) > 80
+    assert divided(packed, "a.txt.gz", len(packed) // 7, format="lines") == 5
+
+
+def test_frames_by_the_table_at_the_end() -> None:
+    """zstd's seekable format, as files in object storage need it."""
+    frames = [zstandard.compress(os.urandom(90 + i)) for i in range(9)]
+    content = b"".join(frames)
+    for checksum in (b"", b"sums"):
+        sizes = b"".join(struct.pack("<II", len(frame), 0) + checksum for frame in frames)
+        footer = struct.pack("<IBI", len(frames), 0x80 if checksum else 0, 0x8F92EAB1)
+        table = struct.pack("<II", 0x184D2A5E, len(sizes + footer)) + sizes + footer
+        for end, is_there in ((table, True), (table + b"\0", False), (b"\0" + table, False)):
+            stream, size = io.BytesIO(content + end), len(content + end)
+            places = [1, 200, 201, 700]
+            starts = frame_starts(stream, "zstd", places, size, is_local=False)
+            walked = frame_starts(stream, "zstd", places, size)
+            assert starts == (walked if is_there else []) and len(walked) == 3
 
 
 def zstd_frames(content: bytes, block: int) -> bytes:
@@ -136,6 +162,13 @@ def test_many_pieces(name: str) -> None:
     for part in (70, 71, 128, 300, 1500):
         packed = PACK[name](content, 100)
         assert divided(packed, name, part) >= min(len(packed) // part, 3)
+    equal = b"".join(b'{"text": "%06d"}\n' % i for i in range(60))  # 19 bytes each
+    for block in (38, 57, 19 * 7):  # lines that end where frames do
+        packed = PACK[name](equal, block)
+        assert divided(packed, name, len(packed) // 6) >= 3
+    repeated = GOOD + (b'{"text": "%s"}\n' % (b"a" * 300_000)) * 2 + GOOD * 40
+    packed = PACK[name](repeated, 60_000)  # zstd has such a block as a byte and a count
+    assert divided(packed, name, len(packed) // 4, format="lines") >= 2
 
 
 @MANY
@@ -157,7 +190,10 @@ def test_rows_are_numbered_in_the_table(tmp_path: Path) -> None:
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet", row_group_size=1)
     path = tmp_path / "a.parquet"
     source = SourceConfig(name="s", paths=(str(path),), format="parquet")
-    pieces = divide(source, Piece(path=path, size=path.stat().st_size), 1)
+    whole = Piece(path=path, size=path.stat().st_size)
+    halves = divide(source, whole, whole.size // 2 - 9)
+    assert [(piece.start, piece.stop) for piece in halves] == [(0, 2), (2, 4)]
+    pieces = divide(source, whole, 1)
     assert [(piece.start, piece.stop) for piece in pieces] == [(0, 1), (1, 2), (2, 3), (3, 4)]
     with pytest.raises(DataError, match=rf"row 4 of {path} has null"):
         list(Corpus(source, [pieces[3]]).documents())
@@ -214,6 +250,9 @@ def test_a_long_line_is_read_by_one_piece(tmp_path: Path) -> None:
     for piece in pieces:
         reader = Corpus(source, [piece])
         assert list(reader.documents()) == [] and reader.empty_files == 0
+        with PieceStream(piece) as stream:
+            assert list(stream.lines()) == []
+            assert stream._stream.tell() <= piece.stop + (1 << 20)
 
 
 def test_places_in_a_divided_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -260,6 +299,11 @@ def test_damage_is_found_by_the_piece_that_has_it(
             else:
                 with pytest.raises(DataError, match=rf"{name} is (damaged|cut off).*again\.$"):
                     list(corpus.documents())
+    path.write_bytes(PACK[name](lines, 501))  # a good file, but not the one that was divided
+    with pytest.raises(DataError, match=r"is damaged(: no frame begins at| in frame 1 after) byte"):
+        list(Corpus(items[3].source, items[3].pieces).documents())
+    with pytest.raises(DataError, match=rf"is damaged: no frame begins at byte {items[0].size:,} "):
+        list(Corpus(items[0].source, items[0].pieces).documents())
     path.write_bytes(content[:-40])
     with pytest.raises(DataError, match=r"is (damaged|cut off)"):
         list(Corpus(items[7].source, items[7].pieces).documents())
