@@ -166,9 +166,9 @@ def test_many_pieces(name: str) -> None:
     for block in (38, 57, 19 * 7):  # lines that end where frames do
         packed = PACK[name](equal, block)
         assert divided(packed, name, len(packed) // 6) >= 3
-    repeated = GOOD + (b'{"text": "%s"}\n' % (b"a" * 300_000)) * 2 + GOOD * 40
-    packed = PACK[name](repeated, 60_000)  # zstd has such a block as a byte and a count
-    assert divided(packed, name, len(packed) // 4, format="lines") >= 2
+    repeated = GOOD + (b'{"text": "%s"}\n' % (b"a" * 500_000)) * 4 + GOOD * 40
+    packed = PACK[name](repeated, 600_000 if "zst" in name else 60_000)
+    assert divided(packed, name, len(packed) // 4, format="lines") >= 2  # blocks of zstd's kind RLE
 
 
 @MANY
@@ -203,6 +203,23 @@ def items_of(path: Path, size: int, monkeypatch: pytest.MonkeyPatch, **fields: A
     monkeypatch.setattr(data.prepare.work_item, "_ITEM_BYTES", size)
     source = SourceConfig.model_validate({"name": "s", "paths": [str(path)], **fields})
     return work_items(Corpus(source))
+
+
+def test_small_files_are_grouped_and_large_ones_divided(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, size in {"a": 40, "b": 80, "c": 10, "d": 450, "e": 30, "f": 199, "g": 5}.items():
+        (tmp_path / f"{name}.txt").write_text("x" * 9 + "\n" + "y" * (size - 10))
+    items = items_of(tmp_path, 100, monkeypatch, format="lines")
+    names = [[(p.path.stem, p.start, p.stop) for p in item.pieces] for item in items]
+    assert names == [
+        [("a", 0, None), ("b", 0, None)],
+        [("c", 0, None)],
+        *([("d", start, stop)] for start, stop in ((0, 112), (112, 225), (225, 337), (337, 450))),
+        [("e", 0, None), ("f", 0, None)],
+        [("g", 0, None)],
+    ]
+    assert [item.number for item in items] == list(range(8))
 
 
 GOOD = b'{"text": "good, and long enough"}\n'
