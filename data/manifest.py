@@ -82,6 +82,7 @@ class Manifest(BaseModel):
         empty_documents, bad_records: how many were skipped, by source.
         empty_files: how many files had no record, by source; {} before version 0.2.
         dropped: what the filters dropped, by source and filter.
+        masked: documents in which personal information was replaced, by source.
         settings: those that the shards were made with, by dotted key; empty before version 0.2.
         complete_digest: of the shards that these would be with the work items in `left_out`; None
             for complete shards.
@@ -106,6 +107,7 @@ class Manifest(BaseModel):
     dropped: dict[str, dict[str, FilterStats]] = Field(
         default={}, validation_alias=AliasChoices("dropped", "losses")
     )
+    masked: dict[str, FilterStats] = {}
     settings: dict[str, Any] = {}
     complete_digest: str | None = None
     left_out: dict[str, str] = {}
@@ -143,6 +145,8 @@ class Manifest(BaseModel):
             parts = [f"{count:,} {what}" for what, count in counts.items() if count]
             if parts:
                 lines.append(f"source {name!r}: skipped {', '.join(parts)}")
+            if (masked := self.masked.get(name, FilterStats())).documents:
+                lines.append(f"source {name!r}: masked addresses in {masked.documents:,} documents")
         for name, reason in self.left_out.items():
             lines.append(
                 f"{name} is left out: {reason} (`v4 data prepare --overwrite` tries it again)"

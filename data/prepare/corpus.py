@@ -9,11 +9,12 @@ from data.prepare.find_files import find_files, identity
 from data.prepare.pieces import Piece
 from data.prepare.readers import (
     Record,
+    field_of,
     name_of,
-    no_field,
     read_dataset,
     read_records,
     repeated_key,
+    with_remedy,
 )
 from data.text import OWN_PROMPTS, Special, read_messages, read_prompts, render
 
@@ -121,9 +122,9 @@ class Corpus:
     def _read(self, record: dict[str, Any]) -> tuple[Document | None, str]:
         """(document, "") of a good record, or (None, what is wrong with it)."""
         source = self.source
-        if source.field not in record:
-            return None, f"has {no_field(source, list(record))}"
-        content = record[source.field]
+        content, missing = field_of(record, source.field)
+        if missing:
+            return None, f"has {with_remedy(source, missing)}"
         is_chat = source.content == "conversation"
         wanted_keys = [source.field, source.effort_field] if is_chat else [source.field]
         if (key := repeated_key(record, wanted_keys)) is not None:
@@ -134,7 +135,7 @@ class Corpus:
             return None, f"has {name_of(content)} instead of {wanted} {field}"
         if is_chat:
             try:
-                conversation = read_messages(content, record.get(source.effort_field))
+                conversation = read_messages(content, field_of(record, source.effort_field)[0])
             except DataError as error:
                 return None, str(error)
             if not conversation.is_answered:

@@ -12,6 +12,7 @@ from data.config import DataConfig, fingerprint_source, fingerprint_text
 from data.errors import DataError
 from data.files import sha256_of
 from data.prepare.corpus import Corpus
+from data.prepare.filters import filter_files
 from data.prepare.find_files import SourceFile, stored_now
 from data.prepare.readers import SUFFIXES
 from data.prepare.work_item import WorkItem
@@ -39,7 +40,9 @@ def digest_of(
     tolerant = config.max_bad_record_fraction > 0
     basis = f"{_FORMAT} {tokenizer.hash} {config.validation_fraction} {tolerant}\n"
     if config.filters is not None:
-        basis += f"{fingerprint_text(config.filters.model_dump_json())}\n"
+        basis += f"{fingerprint_text(config.filters.fingerprint())}\n"
+        for file in filter_files(config.filters):
+            basis += f"{_content_of(file)}\n"
     digest = hashlib.sha256(basis.encode())
     for corpus, items_of_corpus in zip(corpora, items, strict=True):
         digest.update(f"{fingerprint_source(corpus.source)}\n".encode())
@@ -93,9 +96,8 @@ def _warn_of_copies(source: str, files: list[AnyPath], contents: list[str]) -> N
         )
 
 
-def changed_file(corpora: Sequence[Corpus]) -> AnyPath | None:
+def changed_file(files: Sequence[SourceFile]) -> AnyPath | None:
     """A file that is not the one that was found, if there is one."""
-    files = [file for corpus in corpora for file in corpus.files]
     with ThreadPoolExecutor(_AT_ONCE) as pool:
         changes = pool.map(_is_changed, files)
         return next(

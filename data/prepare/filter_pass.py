@@ -24,7 +24,7 @@ from data.files import fsync_file, write_atomically
 from data.manifest import MAX_EXAMPLES, Example, FilterStats
 from data.prepare.corpus import BadRecord, Corpus, Document
 from data.prepare.dedup import remove_dedup_files, signature_file, verdict_file
-from data.prepare.filters import KEPT, REASONS, Rules
+from data.prepare.filters import KEPT, ORDER, REASONS, Rules
 from data.prepare.signatures import SIGNATURE, signatures
 from data.prepare.task import Preparation, Task
 from data.prepare.work_item import WorkItem, batches
@@ -83,7 +83,8 @@ def filter_item(
     count = 0
     try:
         with partial.open("wb") as stream:
-            for batch in batches(Corpus(item.source, item.pieces).documents(bad)):
+            for raw_batch in batches(Corpus(item.source, item.pieces).documents(bad)):
+                batch = [rules.masker.masked(document) for document in raw_batch]
                 reasons = np.array([rules.judge(document)[0] for document in batch], dtype=np.uint8)
                 records = np.zeros(len(batch), dtype=SIGNATURE)
                 passed = np.flatnonzero(reasons == KEPT)
@@ -91,7 +92,7 @@ def filter_item(
                 records["reason"] = reasons
                 stream.write(records.tobytes())
                 count += len(batch)
-                advance(sum(len(document.text.encode()) for document in batch))
+                advance(sum(len(document.text.encode()) for document in raw_batch))
         fsync_file(partial)
         os.replace(partial, signature_file(item.name, folder))
     except BaseException:
@@ -129,6 +130,9 @@ class FilterSettings:
 class VerdictFilter:
     """Drops the documents of a work item that its verdicts reject, and counts them by reason.
 
+    Attributes:
+        masked: the documents in which personal information was replaced, and its bytes.
+
     Raises DataError where the work item no longer has the documents that were judged.
     """
 
@@ -137,20 +141,24 @@ class VerdictFilter:
         self.rules = Rules(settings.filters, item.source)
         self.verdicts = _verdicts_of(item, folder)
         self.position = 0
+        self.masked = FilterStats() if self.rules.masker.is_masking else None
         self._stats: dict[str, FilterStats] = {}
 
     def keep(self, documents: list[Document]) -> list[Document]:
-        """The next documents of the work item, without the rejected ones."""
+        """The next documents of the work item, masked, without the rejected ones."""
         verdicts = self.verdicts[self.position : self.position + len(documents)]
         self.position += len(documents)
         if len(verdicts) != len(documents):
             raise self._changed()
         accepted = []
-        for document, verdict in zip(documents, verdicts, strict=True):
-            if verdict["reason"] == KEPT:
-                accepted.append(document)
-            else:
+        for raw, verdict in zip(documents, verdicts, strict=True):
+            document = self.rules.masker.masked(raw)
+            if verdict["reason"] != KEPT:
                 self._count(document, verdict)
+                continue
+            accepted.append(document)
+            if self.masked is not None and document is not raw:
+                self.masked = self.rules.masker.stats(raw, document, self.masked)
         return accepted
 
     def _count(self, document: Document, verdict: tuple[int, int, int]) -> None:
@@ -159,10 +167,11 @@ class VerdictFilter:
         stats = self._stats.get(reason, FilterStats())
         examples: tuple[Example, ...] = ()
         if len(stats.examples) < MAX_EXAMPLES:
-            detail = self.rules.judge(document)[1]
+            detail = self.rules.masker.shown(self.rules.judge(document)[1])
             if item >= 0:
                 detail = f"like document {original} of {self.item_names[item]}"
-            examples = (Example(text=document.text[:_EXAMPLE_CHARACTERS], detail=detail),)
+            text = self.rules.masker.shown(document.text)[:_EXAMPLE_CHARACTERS]
+            examples = (Example(text=text, detail=detail),)
         one = FilterStats(documents=1, bytes=len(document.text.encode()), examples=examples)
         self._stats[reason] = stats.plus(one)
 
@@ -170,7 +179,7 @@ class VerdictFilter:
         """What each filter dropped, once all documents have been read."""
         if self.position != len(self.verdicts):
             raise self._changed()
-        return {reason: self._stats[reason] for reason in REASONS if reason in self._stats}
+        return {reason: self._stats[reason] for reason in ORDER if reason in self._stats}
 
     def _changed(self) -> DataError:
         return DataError(

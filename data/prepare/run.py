@@ -13,7 +13,7 @@ and when all are deduplicated, those that remain are tokenised.
 
 import shutil
 from collections.abc import Iterable, Sequence
-from functools import partial
+from functools import partial, reduce
 from itertools import chain
 from pathlib import Path
 
@@ -29,6 +29,8 @@ from data.prepare.dedup import stages
 from data.prepare.digest import changed_file, digest_of
 from data.prepare.engines import Engine, open_engine
 from data.prepare.filter_pass import FilterTask
+from data.prepare.filters import filter_files, require_usable
+from data.prepare.find_files import SourceFile
 from data.prepare.left_out import incomplete_copy, remove_parts, without_items
 from data.prepare.publish import existing_shards, publish
 from data.prepare.remove import remove_partial_files, remove_work_files
@@ -61,6 +63,7 @@ def prepare(config: DataConfig, progress: bool = True, overwrite: bool = False) 
     tokenizer.check_vocab_size(config.tokenizer.vocab_size)
     corpora = [Corpus(source) for source in config.sources]
     require_distinct(corpora)
+    inputs = [file for corpus in corpora for file in corpus.files] + filter_files(config.filters)
     items = [work_items(corpus) for corpus in corpora]
     with Activity("hashing the sources", visible=progress):
         digest = digest_of(config, tokenizer, corpora, items)
@@ -68,6 +71,8 @@ def prepare(config: DataConfig, progress: bool = True, overwrite: bool = False) 
     existing = existing_shards(root, digest, overwrite, cache)
     if existing is not None and _is_current(existing, config):
         return existing
+    if config.filters is not None:
+        require_usable(config.filters)
     local = _local_folder(config, root, cache)
     folder = local / f"{UNFINISHED}{digest[:16]}"
     try:
@@ -83,7 +88,7 @@ def prepare(config: DataConfig, progress: bool = True, overwrite: bool = False) 
             try:
                 of_all = tuple(chain.from_iterable(items))
                 records, left_out = _write(config, of_all, tokenizer, folder, progress)
-                _require_unchanged(corpora, folder, root)
+                _require_unchanged(inputs, folder, root)
                 manifest = _manifest(config, digest, tokenizer, records)
                 with Activity("adding up the counts of ids", visible=progress):
                     counts = add_counts(records, folder)
@@ -113,9 +118,9 @@ def _local_folder(config: DataConfig, root: AnyPath, cache: BlockCache) -> Path:
     return tables if config.work_folder is None else Path(config.work_folder) / tables.name
 
 
-def _require_unchanged(corpora: Sequence[Corpus], folder: Path, root: AnyPath) -> None:
+def _require_unchanged(files: Sequence[SourceFile], folder: Path, root: AnyPath) -> None:
     """Raises DataError where a file is not the one that was found; its parts are removed."""
-    if (file := changed_file(corpora)) is None:
+    if (file := changed_file(files)) is None:
         return
     shutil.rmtree(folder)
     if isinstance(root, StoragePath):
@@ -221,11 +226,15 @@ def _manifest(
     shards: list[Shard] = []
     empty, bad, empty_files = {}, {}, {}
     dropped: dict[str, dict[str, FilterStats]] = {}
+    masked: dict[str, FilterStats] = {}
     for source in config.sources:
         records = [record for item, record in parts if item.source == source]
         of_source = _merge(record.dropped for record in records)
         if config.filters is not None:
             dropped[source.name] = of_source
+            of_records = (record.masked for record in records if record.masked is not None)
+            if config.filters.pii == "mask":
+                masked[source.name] = reduce(FilterStats.plus, of_records, FilterStats())
         kept = sum(record.documents for record in records)
         empty[source.name] = sum(record.empty for record in records)
         bad[source.name] = sum(record.bad for record in records)
@@ -254,6 +263,7 @@ def _manifest(
         bad_records=bad,
         empty_files=empty_files,
         dropped=dropped,
+        masked=masked,
         settings=preparation_settings(config),
         shards=tuple(shards),
     )

@@ -33,13 +33,26 @@ def signatures(texts: Sequence[str]) -> NDArray[Any]:
     records = np.zeros(len(texts), dtype=SIGNATURE)
     if not len(texts):
         return records
-    raw = [text.encode() for text in texts]
     records["exact"] = [document_hash(text) for text in texts]
-    content = np.frombuffer(b"".join(raw), dtype=np.uint8)
-    bounds = np.concatenate([[0], np.cumsum([len(text) for text in raw])])
+    content, bounds = _joined(texts)
     records["near"] = _minhash(content, bounds, _NEAR_WORDS, False, NEAR_SLOTS)
     records["template"] = _minhash(content, bounds, _TEMPLATE_WORDS, True, TEMPLATE_SLOTS)
     return records
+
+
+def word_grams(texts: Sequence[str], size: int) -> list[NDArray[np.uint64]]:
+    """The hashes of each text's n-grams of `size` words; of a text with fewer, one of all."""
+    if not texts:
+        return []
+    hashes, offsets = _shingles(*_joined(texts), size, False)
+    return np.split(hashes, offsets[1:-1].astype(np.int64))
+
+
+def _joined(texts: Sequence[str]) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    """(the UTF-8 bytes of all texts, where each begins and the last ends)."""
+    raw = [text.encode() for text in texts]
+    content = np.frombuffer(b"".join(raw), dtype=np.uint8)
+    return content, np.concatenate([[0], np.cumsum([len(text) for text in raw])])
 
 
 def _minhash(

@@ -47,6 +47,7 @@ class PartRecord(BaseModel):
     dropped: dict[str, FilterStats] = Field(
         default={}, validation_alias=AliasChoices("dropped", "losses")
     )
+    masked: FilterStats | None = None
 
 
 class WritePartTask(Task):
@@ -152,6 +153,7 @@ def write_part(
         empty_files=corpus.empty_files,
         is_sent=isinstance(root, StoragePath),
         dropped=dropped,
+        masked=None if verdicts is None else verdicts.masked,
     )
     text = record.model_dump_json()
     if isinstance(root, StoragePath):

@@ -304,6 +304,8 @@ class RunConfig(Section):
         if data.cache.folder is not None:
             folder = absolute(data.cache.folder)
             update["cache"] = data.cache.model_copy(update={"folder": folder})
+        if data.filters is not None:
+            update["filters"] = data.filters.with_absolute_paths()
         run_dir = self.run_dir.absolute()
         post = None if self.post is None else self.post.with_absolute_paths()
         return self.model_copy(

@@ -171,7 +171,8 @@ def _filters(facts: DataFacts) -> str:
     rows, examples = [], []
     for source in facts.sources:
         total = source.bytes + sum(each.bytes for each in source.filtered.values())
-        for reason, stats in source.filtered.items():
+        masked = {"pii (masked, not dropped)": source.masked} if source.masked.documents else {}
+        for reason, stats in (source.filtered | masked).items():
             rows.append(
                 (
                     f"{escape(source.name)}: {escape(reason)}",

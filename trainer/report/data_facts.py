@@ -34,6 +34,7 @@ class SourceFacts:
     empty: int
     bad: int
     filtered: dict[str, FilterStats]
+    masked: FilterStats
     train_tokens: int
     validation_tokens: int
     bytes: int
@@ -132,6 +133,7 @@ def _source(config: DataConfig, manifest: Manifest, name: str, vocab_size: int) 
         empty=manifest.empty_documents.get(name, 0),
         bad=manifest.bad_records.get(name, 0),
         filtered=manifest.dropped.get(name, {}),
+        masked=manifest.masked.get(name, FilterStats()),
         train_tokens=tokens["train"],
         validation_tokens=tokens["validation"],
         bytes=sum(shard.bytes for shard in shards),

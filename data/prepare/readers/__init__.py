@@ -8,17 +8,18 @@ from data.prepare.pieces import Piece
 from data.prepare.readers import json_text, lines, parquet, text
 from data.prepare.readers.compressed import SUFFIXES
 from data.prepare.readers.hub import read_dataset
-from data.prepare.readers.record import Record, name_of, no_field, repeated_key
+from data.prepare.readers.record import Record, field_of, name_of, repeated_key, with_remedy
 
 __all__ = [
     "SUFFIXES",
     "Record",
     "divide",
+    "field_of",
     "name_of",
-    "no_field",
     "read_dataset",
     "read_records",
     "repeated_key",
+    "with_remedy",
 ]
 
 _READERS = {"json": json_text, "lines": lines, "parquet": parquet}

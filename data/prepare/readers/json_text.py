@@ -13,7 +13,7 @@ from typing import Any
 from data.config import SourceConfig
 from data.errors import DataError
 from data.prepare.pieces import Piece
-from data.prepare.readers.record import Record, json_object, name_of, set_format
+from data.prepare.readers.record import Record, field_of, json_object, name_of, set_format
 from data.prepare.readers.streams import (
     BOM,
     PieceStream,
@@ -90,12 +90,12 @@ def _require_one_record(source: SourceConfig, record: Record) -> None:
     It is a document for none of them, and how many they are is unknown.
     """
     field = source.field
-    if record.value is None or field in record.value:
+    if record.value is None or not field_of(record.value, field)[1]:
         return
     for key, value in record.value.items():
         inner = [value, *value.values()] if isinstance(value, dict) else value
         is_list = isinstance(inner, list)
-        if is_list and any(isinstance(item, dict) and field in item for item in inner):
+        if is_list and any(isinstance(o, dict) and not field_of(o, field)[1] for o in inner):
             raise DataError(
                 f"{record.place} is no record: it has records in {key!r}; write each of them on a "
                 "line of its own."

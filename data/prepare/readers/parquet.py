@@ -7,7 +7,7 @@ from typing import Any
 from data.config import SourceConfig
 from data.errors import DataError
 from data.prepare.pieces import Piece
-from data.prepare.readers.record import Record, no_field, set_format
+from data.prepare.readers.record import Record, field_of, set_format, with_remedy
 from data.prepare.readers.streams import PARQUET, open_stored
 
 _ROWS = 256  # that are decoded together
@@ -18,21 +18,24 @@ def read(source: SourceConfig, piece: Piece) -> Iterator[Record]:
     file = piece.path
     with _open_table(source, piece) as table:
         names = table.schema_arrow.names
-        if source.field not in names:
-            raise DataError(f"{file} has {no_field(source, names)}.")
-        for name in (source.field, source.effort_field):
+        fields = _fields(table.schema_arrow)
+        if missing := field_of(fields, source.field)[1]:
+            raise DataError(f"{file} has {with_remedy(source, missing)}.")
+        wanted = [source.field]
+        if source.content == "conversation" and not field_of(fields, source.effort_field)[1]:
+            wanted.append(source.effort_field)
+        columns = list(dict.fromkeys(n if n in names else n.partition(".")[0] for n in wanted))
+        for name in columns:
             if names.count(name) > 1:
                 raise DataError(f"{file} has {names.count(name)} columns {name!r}.")
-        wanted = [source.field]
-        if source.content == "conversation" and source.effort_field in names:
-            wanted.append(source.effort_field)
         stop = table.num_row_groups if piece.stop is None else piece.stop
         number = sum(table.metadata.row_group(group).num_rows for group in range(piece.start))
         for group in range(piece.start, stop):  # one after another, which bounds the memory
+            # Of a column with fields, only those wanted are read; `a.b` may also be a column a.
             for batch in table.iter_batches(_ROWS, row_groups=[group], columns=wanted):
-                for row in zip(*map(_strings, batch.columns), strict=True):
+                for row in zip(*(_strings(batch.column(name)) for name in columns), strict=True):
                     number += 1
-                    values = dict(zip(wanted, row, strict=True))
+                    values = dict(zip(columns, row, strict=True))
                     yield _row(f"row {number} of {file}", number, values)
 
 
@@ -75,6 +78,19 @@ def _open_table(source: SourceConfig, piece: Piece) -> Iterator[Any]:
         raise DataError(
             f"{file} is a damaged parquet table: {' '.join(str(error).split())}"
         ) from error
+
+
+def _fields(fields: Any) -> dict[str, Any]:
+    """The fields of a table or of a column by name: a dictionary of those inside, or a type."""
+    import pyarrow
+
+    types = pyarrow.types
+    return {
+        field.name: _fields(field.type)
+        if types.is_struct(field.type)
+        else ("" if types.is_string(field.type) else field.type)
+        for field in fields
+    }
 
 
 def _strings(column: Any) -> list[Any]:

@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from data.config import SourceConfig
@@ -52,12 +52,39 @@ def name_of(value: Any) -> str:
     return names.get(type(value), f"a {type(value).__name__}")
 
 
-def repeated_key(record: dict[str, Any], wanted: Sequence[str]) -> str | None:
+def field_of(record: Mapping[str, Any], name: str) -> tuple[Any, str]:
+    """(the value of a field, ""), or (None, what is missing).
+
+    `a.b` is the field of that name where there is one, otherwise the field b of the object in a.
+    """
+    if name in record:
+        return record[name], ""
+    outer, dot, inner = name.partition(".")
+    if not dot or outer not in record:
+        missing = f"no field {name!r}" if not dot else f"no field {outer!r} with {inner!r} in it"
+        return None, f"{missing}; its fields are {', '.join(sorted(record)) or 'none'}"
+    if not isinstance(record[outer], dict):
+        return None, f"{name_of(record[outer])} instead of an object in the field {outer!r}"
+    value, problem = field_of(record[outer], inner)
+    return value, f"in {outer!r} {problem}" if problem else ""
+
+
+def repeated_key(record: Mapping[str, Any], wanted: Sequence[str]) -> str | None:
     """A wanted key that a record has twice, or any key that is twice inside a wanted value."""
-    for name in getattr(record, "names", ()):
-        if name in wanted:
-            return str(name)
-    values = [record[name] for name in wanted if name in record]
+    for name in wanted:
+        outer, _, inner = (name, "", "") if name in record else name.partition(".")
+        if outer in getattr(record, "names", ()):
+            return outer
+        if inner and isinstance(record.get(outer), dict):
+            if (key := repeated_key(record[outer], [inner])) is not None:
+                return key
+        elif outer in record and (key := _repeated_inside(record[outer])) is not None:
+            return key
+    return None
+
+
+def _repeated_inside(value: Any) -> str | None:
+    values = [value]
     while values:
         value = values.pop()
         if isinstance(value, RepeatedKeys):
@@ -67,13 +94,10 @@ def repeated_key(record: dict[str, Any], wanted: Sequence[str]) -> str | None:
     return None
 
 
-def no_field(source: SourceConfig, names: list[str]) -> str:
-    """What is wrong with a record that lacks the source's field."""
+def with_remedy(source: SourceConfig, missing: str) -> str:
+    """What is wrong with a record that lacks the source's field, and what to set."""
     setting = "messages_field" if source.content == "conversation" else "text_field"
-    return (
-        f"no field {source.field!r}; its fields are {', '.join(sorted(names)) or 'none'} "
-        f"(set `{setting}` of source {source.name!r})"
-    )
+    return f"{missing} (set `{setting}` of source {source.name!r})"
 
 
 def is_table(source: SourceConfig) -> str:

@@ -55,6 +55,77 @@ def test_parquet(tmp_path: Path) -> None:
     assert texts_of(source) == TEXTS
 
 
+RECORD = {"a": {"b": "inner", "c": {"d": "deep"}}, "a.c": {"d": "half"}, "x.y": "literal", "n": 1}
+
+
+@pytest.mark.parametrize("form", ["json", "parquet"])
+@pytest.mark.parametrize(
+    ("field", "result"),
+    [
+        ("a.b", "inner"),
+        ("a.c.d", "deep"),
+        ("x.y", "literal"),
+        ("a.z", "no field 'z'; its fields are b, c (set `text_field` of source 's')"),
+        ("a.c.z", "in 'a' in 'c' no field 'z'; its fields are d (set"),
+        ("q.z", "no field 'q' with 'z' in it; its fields are a, a.c, n, x.y (set"),
+        ("a.b.z", "in 'a' a string instead of an object in the field 'b' (set"),
+        ("a", "an object instead of a string in the field 'a'"),
+    ],
+)
+def test_fields_inside_fields(tmp_path: Path, form: str, field: str, result: str) -> None:
+    file = tmp_path / "a"
+    if form == "json":
+        file.write_text(json.dumps(RECORD) + "\n")
+    else:
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist([RECORD]), file)
+    source = corpus(paths=[str(file)], format=form, text_field=field)
+    if " " not in result:
+        assert texts_of(source) == [result]
+        return
+    with pytest.raises(DataError) as error:
+        texts_of(source)
+    assert result in str(error.value)
+
+
+def test_a_field_of_that_name_comes_first(tmp_path: Path) -> None:
+    record = {"a": {"b": "inner"}, "a.b": "literal"}
+    (tmp_path / "a.jsonl").write_text(json.dumps(record) + "\n" + '{"a": {"b": "second"}}\n')
+    assert texts_of(corpus(paths=[str(tmp_path / "a.jsonl")], text_field="a.b")) == [
+        "literal",
+        "second",
+    ]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([record]), tmp_path / "a.parquet")
+    tables = corpus(paths=[str(tmp_path / "a.parquet")], format="parquet", text_field="a.b")
+    assert texts_of(tables) == ["literal"]
+
+
+def test_of_a_column_with_fields_only_the_wanted_ones_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [{"a": {"text": "short", "blob": "x" * 1000}}, {"a": None}]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+    records = []
+    monkeypatch.setattr(Corpus, "_read", lambda self, record: records.append(record) or (None, ""))
+    source = corpus(paths=[str(tmp_path / "a.parquet")], format="parquet", text_field="a.text")
+    list(source.documents([]))
+    assert records == [{"a": {"text": "short"}}, {"a": None}]
+    monkeypatch.undo()
+    bad: list[BadRecord] = []
+    assert [document.text for document in source.documents(bad)] == ["short"]
+    assert bad[0].reason.startswith("has null instead of an object in the field 'a'")
+
+
+def test_a_key_that_is_there_twice_on_the_way_to_a_field(tmp_path: Path) -> None:
+    file = tmp_path / "a.jsonl"
+    lines = ['{"a": {"b": "1"}, "a": {"b": "2"}}', '{"a": {"b": "1", "b": "2"}}']
+    lines += ['{"a": {"b": "good", "c": 1, "c": 2}}', '{"a": {"b": "good"}, "z": 1, "z": 2}']
+    file.write_text("\n".join(lines))
+    bad: list[BadRecord] = []
+    source = corpus(paths=[str(file)], text_field="a.b")
+    assert [document.text for document in source.documents(bad)] == ["good", "good"]
+    assert [b.reason.split(" twice")[0] for b in bad] == ["has the key 'a'", "has the key 'b'"]
+
+
 def test_tree_of_files(tmp_path: Path) -> None:
     folder = tmp_path / "odd [name]"
     folder.mkdir()

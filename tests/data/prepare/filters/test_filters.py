@@ -21,13 +21,15 @@ from data.manifest import Manifest
 from data.prepare.corpus import Corpus, Document
 from data.prepare.dedup import remove_dedup_files
 from data.prepare.filter_pass import FilterTask, filter_item
-from data.prepare.filters import REASONS, Rules, language
+from data.prepare.filters import REASONS, Rules
+from data.prepare.filters.quality import word_splitter
 from data.prepare.run import _deduplicate, prepare
 from data.prepare.signatures import _shingles, signatures
 from data.prepare.work_item import work_items
 from data.text.tokenizer import Tokenizer
 from tests.data.kills import kill_after
 from tests.data.prepare.dedup.made import run_stages, write_items
+from tests.data.prepare.filters.made import words
 from tests.distributed import server
 
 PROSE = (
@@ -37,14 +39,6 @@ PROSE = (
     "of {n} tokens.\nWhy this is enough is a question for the reader of section {n}, where the "
     "measured losses of both ways are given for {name}, side by side, on the same documents.\n"
 )
-
-
-def words(rng: random.Random, count: int) -> str:
-    """Prose of made-up words, sentence by sentence, that breaks no rule of quality."""
-    syllables = ["ka", "ro", "mi", "ten", "lu", "sa", "vor", "pe", "dun", "li"]
-    text = ["".join(rng.choices(syllables, k=rng.randint(1, 4))) for _ in range(count)]
-    lines = [" ".join(text[i : i + 12]) for i in range(0, count, 12)]
-    return ".\n".join(lines) + ".\n"
 
 
 def judge(
@@ -104,7 +98,7 @@ def test_quality_knows_scripts_without_spaces() -> None:
 
 def test_words_and_sentences_of_any_script() -> None:
     text = "One, two!? 三。四\nfive"
-    words = language()
+    words = word_splitter()
     assert words.word_tokenize(text) == ["One,", "two!?", "三", "。", "四", "five"]
     assert words.sent_tokenize(text) == ["One, two!?", " 三。", "四", "five"]
     assert [text[a:b] for a, b in words.span_tokenize(text)] == words.sent_tokenize(text)
