@@ -19,12 +19,13 @@ class RangeReader(io.RawIOBase):
     At a new place it reads little ahead, and twice as much with each window that follows.
 
     Arguments:
-        path: the object; its size is requested.
+        path: the object.
+        size: of the object; requested where it is not known. [bytes]
     """
 
-    def __init__(self, path: StoragePath) -> None:
+    def __init__(self, path: StoragePath, size: int | None = None) -> None:
         self._path = path
-        self._size = describe(path).size
+        self._size = describe(path).size if size is None else size
         self._position = 0
         self._window, self._window_start = b"", 0
         self._ahead = 0

@@ -65,12 +65,12 @@ def _open_table(source: SourceConfig, piece: Piece) -> Iterator[Any]:
 
     file = piece.path
     try:
-        with open_stored(file) as stream, pyarrow.parquet.ParquetFile(stream) as table:
+        with open_stored(piece) as stream, pyarrow.parquet.ParquetFile(stream) as table:
             yield table
     except (pyarrow.ArrowException, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise  # of the disk or the storage, not of the table
-        with open_stored(file) as stream:
+        with open_stored(piece) as stream:
             start = stream.read(len(PARQUET))
         if start != PARQUET:
             remedy = set_format(source, "json` or `format: text")

@@ -35,11 +35,13 @@ _BUFFER_BYTES = 1 << 16
 _SKIP_BYTES = 1 << 20  # of another piece's line that are in memory
 
 
-def open_stored(file: AnyPath) -> BinaryIO:
-    """The bytes of a file as they are stored."""
-    if isinstance(file, StoragePath):
-        return cast(BinaryIO, io.BufferedReader(RangeReader(file), _BUFFER_BYTES))
-    return file.open("rb")
+def open_stored(piece: Piece) -> BinaryIO:
+    """The bytes of a piece's file, all of them, as they are stored."""
+    if isinstance(piece.path, StoragePath):
+        reader = RangeReader(piece.path, piece.size if piece.is_whole else None)
+        return cast(BinaryIO, io.BufferedReader(reader, _BUFFER_BYTES))
+    stream: BinaryIO = piece.path.open("rb")
+    return stream
 
 
 class PieceStream(AbstractContextManager["PieceStream"]):
@@ -47,7 +49,7 @@ class PieceStream(AbstractContextManager["PieceStream"]):
 
     def __init__(self, piece: Piece) -> None:
         self._piece = piece
-        self._stream = open_stored(piece.path)
+        self._stream = open_stored(piece)
         self._stream.seek(piece.start)
         self._frames: DecompressedFile | None = None
         if (form := form_of(piece.path)) is not None:
@@ -106,7 +108,7 @@ def divide_lines(file: Piece, part_bytes: int) -> list[Piece] | str:
     count = file.size // part_bytes
     cuts = [file.size * i // count for i in range(1, count)]
     if (form := form_of(file.path)) is not None:
-        with open_stored(file.path) as stream:
+        with open_stored(file) as stream:
             is_local = not isinstance(file.path, StoragePath)
             cuts = frame_starts(stream, form, cuts, file.size, is_local)
         if not cuts:
