@@ -156,8 +156,7 @@ def draw_call(random: Random) -> Task:
         calls=[call],
         reasoning={
             "high": f"{name}: {text}, {number}",
-            "max": f"Of {' and '.join(sorted((name, other)))} it is {name}. Its {keys[0]} is {text}, "
-            f"its {keys[1]} is {number}.",
+            "max": f"It is {name}, not {other}. The {keys[0]} is {text}, {keys[1]} is {number}.",
         },
     )
 
