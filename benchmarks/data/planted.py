@@ -5,6 +5,7 @@ Every document begins with a line that numbers it, so that shards show which doc
 
 import json
 import random
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -26,6 +27,7 @@ from data.prepare.signatures import (
 
 TEMPLATES = 5
 _FRAME_BYTES = 8_000_000
+_WORD = re.compile(r"[^\W_]+")
 _NAMES = ["Ada", "Bela", "Chen", "Dora", "Emil", "Fay", "Gus", "Hana", "Ivo", "Jun"]
 _BAD = ['{"text": null}', '{"broken": ', '{"text": "\\ud800"}', "[1, 2]", '{"other": "x"}']
 
@@ -99,7 +101,7 @@ def write_planted(
         for text in stream:
             chosen.append(json.dumps({"text": text}, ensure_ascii=False))
             planted.kept.append(number_of(text))
-            if len(text.split(" ")) > 400 and rng.random() < 0.2:
+            if len(_WORD.findall(text)) > 400 and rng.random() < 0.2:
                 long.append(text)
             size += len(chosen[-1].encode()) + 1
             if size >= megabytes * 1e6:
@@ -125,11 +127,12 @@ def _copies(rng: random.Random, originals: list[str], planted: Planted) -> list[
     documents = originals[:300]
     planted.copies["exact"] += [number_of(text) for text in documents]
     for i, text in enumerate(originals[300:600]):
-        words = text.split(" ")
-        for place in rng.sample(range(2, len(words)), max(1, len(words) // 500)):
-            words[place] = "changed"
+        body = text.partition("\n")[2]
+        words = list(_WORD.finditer(body))
+        for word in sorted(rng.sample(words, max(1, len(words) // 500)), key=lambda w: -w.start()):
+            body = f"{body[: word.start()]}changed{body[word.end() :]}"
         number = 8_000_000 + i
-        documents.append(numbered(number, " ".join(words).partition("\n")[2]))
+        documents.append(numbered(number, body))
         planted.copies["near"].append(number)
     for template in range(TEMPLATES):
         body = " ".join(rng.choices(_NAMES, k=3)) + " "

@@ -83,6 +83,50 @@ def by_megatron(config: DataConfig, folder: Path) -> None:
     builder.finalize(str(folder / "megatron.idx"))
 
 
+def by_datatrove(config: DataConfig, folder: Path) -> None:
+    """Tokenises by datatrove's DocumentTokenizer in its local executor.
+
+    The tokenizer is the same, as `v4 export` writes it. The reader is a loop over `json.loads`,
+    since datatrove's own needs a package that is not installed here.
+    """
+    from datatrove.data import Document as Page
+    from datatrove.executor import LocalPipelineExecutor
+    from datatrove.pipeline.tokens import DocumentTokenizer
+    from datatrove.utils.logging import logger
+
+    def read(_data: object, _rank: int, _world_size: int) -> Iterator[Page]:
+        for file in sorted(folder.glob("*.jsonl")):
+            with file.open() as stream:
+                for number, line in enumerate(stream):
+                    yield Page(text=json.loads(line)["text"], id=str(number))
+
+    logger.remove()
+    place = Path(tempfile.mkdtemp(dir=folder))
+    Tokenizer(config.tokenizer.path).export_hf(place / "tokenizer", 1 << 20)
+    LocalPipelineExecutor(
+        [
+            read,
+            DocumentTokenizer(
+                str(place / "tokens"),
+                str(place / "tokenizer" / "tokenizer.json"),
+                eos_token="<｜end▁of▁sentence｜>",
+                shuffle_documents=False,
+            ),
+        ],
+        logging_dir=str(place / "logs"),
+    ).run()
+
+
+def by_tokenizer(config: DataConfig, folder: Path) -> None:
+    """Only tokenises texts that are in memory, in batches: the least that any way needs."""
+    tokenizer = Tokenizer(config.tokenizer.path)
+    for file in sorted(folder.glob("*.jsonl")):
+        with file.open() as stream:
+            texts = [json.loads(line)["text"] for line in stream]
+        for start in range(0, len(texts), 500):
+            tokenizer.encode_batch(texts[start : start + 500])
+
+
 class Memory:
     """Peak private memory (RssAnon) and resident memory (RssAnon + RssFile), in bytes.
 
@@ -141,7 +185,9 @@ def side_by_side(config: DataConfig) -> None:
         ways: list[tuple[str, Callable[[], None], int]] = [
             ("prepare", one, 1),
             ("datasets.map", partial(by_datasets, config, folder), 1),
+            ("datatrove", partial(by_datatrove, config, folder), 1),
             ("Megatron's tool", partial(by_megatron, config, folder), 1),
+            ("tokenizer alone", partial(by_tokenizer, config, folder), 1),
         ]
         cores = os.cpu_count() or 1
         if cores > 1:
