@@ -114,7 +114,7 @@ class SlurmEngine(RemoteEngine):
 
     def _wait(self, running: dict[str, Job]) -> dict[str, str]:
         spent = time.monotonic() - self.submitted
-        time.sleep(min(_MAX_POLL_SECONDS, 0.5 + spent / 20))
+        time.sleep(min(_MAX_POLL_SECONDS, 0.5 + spent / 50))
         try:
             states = self._states()
         except DataError as error:  # the controller restarts; the jobs continue meanwhile
