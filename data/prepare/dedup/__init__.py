@@ -14,7 +14,7 @@ from data.prepare.dedup.comparing import CompareTask, HeadsTask
 from data.prepare.dedup.components import GroupsTask, LargeStarTask, SmallStarTask, StarsTask
 from data.prepare.dedup.matching import KeysTask, MatchTask
 from data.prepare.dedup.plan import signature_file
-from data.prepare.dedup.sequence import remove_dedup_files, stages
+from data.prepare.dedup.sequence import TogetherTask, remove_dedup_files, stages
 from data.prepare.dedup.verdicts import VERDICT, VerdictsTask, verdict_file
 
 AnyDedupTask = (
@@ -27,6 +27,7 @@ AnyDedupTask = (
     | SmallStarTask
     | StarsTask
     | VerdictsTask
+    | TogetherTask
 )
 
 __all__ = [

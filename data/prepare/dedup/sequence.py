@@ -12,6 +12,7 @@ from hashlib import sha256
 from io import BytesIO
 from itertools import pairwise
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from pydantic import ValidationError
@@ -31,13 +32,14 @@ from data.prepare.dedup.plan import DedupTask, Field, Plan, count_documents, fir
 from data.prepare.dedup.scatter import Output, dedup_folder
 from data.prepare.dedup.verdicts import VerdictsTask, verdict_file
 from data.prepare.signatures import SIGNATURE
-from data.prepare.task import Task
+from data.prepare.task import Preparation, Task
 from data.prepare.work_item import WorkItem
 
 _Make = Callable[..., DedupTask]
 _Stage = Generator[list[Task], None, Output]
 _KEY_BYTES, _VERDICT_DOCUMENTS = 16, 1 << 20
 _VERDICTS = "verdicts"
+_TOGETHER = 1 << 18  # documents whose comparison takes about as long as a worker's start
 
 
 def stages(
@@ -50,7 +52,35 @@ def stages(
     Arguments:
         memory: limit of each task, beyond what a process needs anyway. [bytes]
     """
-    yield from _Deduplication(items, folder, memory).stages(filters)
+    deduplication = _Deduplication(items, folder, memory)
+    documents = deduplication.plan.documents
+    if documents > _TOGETHER:
+        yield from deduplication.stages(filters)
+    elif _VERDICTS not in deduplication.done:
+        size = documents * SIGNATURE.itemsize
+        yield [TogetherTask(name="deduplicate", size=size, filters=filters, memory=memory)]
+
+
+class TogetherTask(Task):
+    """All stages of a deduplication whose tasks are too small to be shared out."""
+
+    kind: Literal["dedup-together"] = "dedup-together"
+    filters: FiltersConfig
+    memory: int
+
+    def is_done(self, folder: Path) -> bool:
+        """Whether the verdicts are complete."""
+        progress = _read_progress(folder)
+        return progress is not None and _VERDICTS in progress.done
+
+    def run(self, preparation: Preparation, advance: Callable[[int], None]) -> None:
+        """Runs one task after another."""
+        deduplication = _Deduplication(preparation.items, preparation.folder, self.memory)
+        for tasks in deduplication.stages(self.filters):
+            for task in tasks:
+                if not task.is_done(preparation.folder):
+                    task.run(preparation, lambda _size: None)
+        advance(self.size)
 
 
 def remove_dedup_files(folder: Path) -> None:
@@ -76,6 +106,17 @@ class _Progress(Section):
         return self.plan == plan
 
 
+def _progress_file(folder: Path) -> Path:
+    return dedup_folder(folder) / "progress.json"
+
+
+def _read_progress(folder: Path) -> _Progress | None:
+    try:
+        return _Progress.model_validate_json(_progress_file(folder).read_bytes())
+    except (OSError, ValidationError):
+        return None
+
+
 class _Deduplication:
     """The stages of one deduplication, and what is complete of it."""
 
@@ -87,18 +128,14 @@ class _Deduplication:
             documents=int(self.first[-1]),
             memory=memory,
         )
-        self.file = dedup_folder(folder) / "progress.json"
         self.done = self._earlier_progress()
 
     def _earlier_progress(self) -> dict[str, _Totals]:
         """The complete stages of the same plan; removes what another one left."""
-        try:
-            progress = _Progress.model_validate_json(self.file.read_bytes())
-        except (OSError, ValidationError):
-            progress = None
+        progress = _read_progress(self.folder)
         if progress is not None and progress.serves(self.plan):
             for partial_file in dedup_folder(self.folder).glob(".*"):
-                partial_file.unlink()  # of a process that died
+                partial_file.unlink(missing_ok=True)  # of a process that died
             return dict(progress.done)
         remove_dedup_files(self.folder)
         for name in self.names:
@@ -111,7 +148,7 @@ class _Deduplication:
 
     def _record(self, done: dict[str, _Totals]) -> None:
         progress = _Progress(plan=self.plan, done=done)
-        write_atomically(self.file, progress.model_dump_json())
+        write_atomically(_progress_file(self.folder), progress.model_dump_json())
 
     def stages(self, filters: FiltersConfig) -> Iterator[list[Task]]:
         """Yields the tasks of each stage that is left."""

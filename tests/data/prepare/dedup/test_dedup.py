@@ -95,6 +95,20 @@ def test_an_interrupted_deduplication_continues(tmp_path: Path) -> None:
     assert {path.name for path in folder.iterdir()} == {"first.npy", "progress.json"}
 
 
+def test_few_documents_are_one_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    rng = np.random.default_rng(6)
+    records = made_signatures(rng, 120, 30)
+    items = write_items(tmp_path, records, [50])
+    done = run_stages(tmp_path, items, FiltersConfig(), 64 * 120, rng)
+    assert [[task.name for task in tasks] for tasks in done] == [["deduplicate"]]
+    assert not list(stages(items, tmp_path, FiltersConfig(), 64 * 120))
+    check(tmp_path, items, expected(records, [50], FiltersConfig()))
+    # Without one of the verdicts' marks, the task is not done.
+    remove_dedup_files(tmp_path)
+    assert not done[0][0].is_done(tmp_path)
+
+
 def test_other_work_items_or_memory_begin_again(tmp_path: Path) -> None:
     rng = np.random.default_rng(8)
     records = made_signatures(rng, 100, 30)
