@@ -66,7 +66,7 @@ def run_stages(
         done.append(tasks)
         write_tasks(file, tasks)
         read = read_tasks(file)
-        assert read == tasks
+        assert read == tasks and not any(task.is_done(folder) for task in read)
         for i in [*rng.permutation(len(tasks)), *rng.integers(0, len(tasks), 2)]:
             read[i].run(preparation(folder, items), lambda _size: None)
             assert read[i].is_done(folder)

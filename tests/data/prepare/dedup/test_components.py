@@ -1,6 +1,7 @@
 """Groups by union-find and by rounds on disk are the connected components."""
 
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +12,12 @@ from scipy.sparse.csgraph import connected_components
 
 import data.prepare.dedup.sequence
 from data.config import FiltersConfig
+from data.prepare.dedup import verdict_file
 from data.prepare.dedup.comparing import CompareTask, add_edges
 from data.prepare.dedup.components import GroupsTask, LargeStarTask, SmallStarTask, StarsTask
 from data.prepare.dedup.plan import Plan, read_pairs
 from data.prepare.dedup.scatter import Output, ScatterWriter, dedup_folder
+from data.prepare.filters import NEAR
 from data.prepare.signatures import SIGNATURE
 from tests.data.prepare.dedup.made import preparation, run_stages, write_items
 
@@ -98,12 +101,20 @@ def test_pairs_that_do_not_fit_are_grouped_in_rounds(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(data.prepare.dedup.sequence, "EDGE_BYTES", 1 << 40)
-    records = np.zeros(200, dtype=SIGNATURE)  # all of one group
+    rng = np.random.default_rng(0)
+    records = np.zeros(200, dtype=SIGNATURE)
+    records["near"] = rng.integers(0, 1 << 32, records["near"].shape, dtype=np.uint32)
+    order = rng.permutation(len(records))
+    for i, (one, other) in enumerate(pairwise(order)):  # a chain, each link an equal band
+        band = slice(i % 16 * 8, i % 16 * 8 + 8)
+        records["near"][one, band] = records["near"][other, band]
     items = write_items(tmp_path, records, [50])
-    filters = FiltersConfig(exact_duplicates=False, template_similarity=None)
-    done = run_stages(tmp_path, items, filters, 30 * 2048, np.random.default_rng(0))
-    assert {"LargeStarTask", "SmallStarTask", "StarsTask"} <= {type(t[0]).__name__ for t in done}
-    verdicts = [np.load(tmp_path / f"{item.name}.verdicts.npy") for item in items]
-    first = np.concatenate(verdicts)
-    assert not first["reason"][0] and (first["reason"][1:] == 6).all()
-    assert (first["item"][1:] == 0).all() and not first["document"][1:].any()
+    filters = FiltersConfig(
+        exact_duplicates=False, near_duplicate_similarity=8 / 128, template_similarity=None
+    )
+    done = run_stages(tmp_path, items, filters, 30 * 2048, rng)
+    names = {task.name for tasks in done for task in tasks}
+    assert {"near-large-3-00000", "near-small-3-00000", "near-00006"} <= names
+    verdicts = np.concatenate([np.load(verdict_file(item.name, tmp_path)) for item in items])
+    assert not verdicts["reason"][0] and (verdicts["reason"][1:] == NEAR).all()
+    assert (verdicts["item"][1:] == 0).all() and not verdicts["document"][1:].any()
