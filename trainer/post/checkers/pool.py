@@ -92,9 +92,10 @@ class CheckerPool:
 
     def close(self) -> None:
         """Ends the workers, those that hang as well."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
         for worker in self._workers:
             worker.stop()
-        self._threads.shutdown(cancel_futures=True)
+        self._threads.shutdown()
 
     def _score(self, answer: tuple[str, Response]) -> Score:
         worker = self._idle.get()

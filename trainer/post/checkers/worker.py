@@ -75,8 +75,9 @@ def main() -> None:
     """Answers lines until standard input ends."""
     end_with(int(sys.argv[2]))
     settings = json.loads(sys.argv[3])
-    _silence()
-    with os.fdopen(int(sys.argv[1]), "w") as results:
+    requests = os.dup(0)
+    _detach()
+    with os.fdopen(requests) as lines, os.fdopen(int(sys.argv[1]), "w") as results:
 
         def answer(fields: dict[str, Any]) -> None:
             results.write(json.dumps(fields) + "\n")
@@ -88,17 +89,17 @@ def main() -> None:
                 sandbox.check()
             checkers = {name: load_checker(name, sandbox) for name in settings["checkers"]}
             answer({})
-            for line in sys.stdin:
+            for line in lines:
                 request = json.loads(line)
                 answer(_score(checkers[request["checker"]], request["response"]))
         except PostTrainingError as error:
             answer({"error": str(error)})
 
 
-def _silence() -> None:
-    """Drops what is printed, by libraries and other processes as well."""
-    with open(os.devnull, "wb") as nowhere:
-        for stream in (1, 2):
+def _detach() -> None:
+    """Lets checkers, and libraries and processes of theirs, print and read nothing."""
+    with open(os.devnull, "r+b") as nowhere:
+        for stream in range(3):
             os.dup2(nowhere.fileno(), stream)
 
 

@@ -107,6 +107,7 @@ def fails(response):
         "hung": lambda: time.sleep(1e6),
         "died": lambda: os._exit(0),
         "value": lambda: 1.5,
+        "reads": lambda: len(sys.stdin.read() + open(0).read()),
         "prints": lambda: [print("x" * (1 << 20)) for _ in range(1 << 10)] and 1.0,
     }[response.answer]()
 
@@ -123,12 +124,12 @@ def user_file(tmp_path: Path) -> str:
 
 def test_a_checker_that_fails_costs_its_answer_alone(user_file: str) -> None:
     fails, even = f"{user_file}:fails", f"{user_file}:even"
-    kinds = ["raised", "hung", "died", "value", "prints", "raised"]
+    kinds = ["raised", "hung", "died", "value", "prints", "reads", "raised"]
     answers = [(fails, Response(answer=kind)) for kind in kinds]
     answers += [(even, Response(answer="", tokens=n)) for n in range(10)]
     start = time.monotonic()
     with CheckerPool([fails, even], SandboxConfig(), workers=2, seconds=4.0) as pool:
-        first, second = pool.score(answers), pool.score(answers[6:])
+        first, second = pool.score(answers), pool.score(answers[7:])
         failures = dict(pool.failures)
         workers = [worker._process for worker in pool._workers if worker._process]
     assert time.monotonic() - start < 60
@@ -138,8 +139,8 @@ def test_a_checker_that_fails_costs_its_answer_alone(user_file: str) -> None:
     assert first[1] == Score(0.0, "it took more than 4 s", "hung")
     assert first[2] == Score(0.0, "it ended its process", "died")
     assert first[3] == Score(0.0, "it returned 1.5, which is no number from 0 to 1", "value")
-    assert first[4] == Score(1.0)
-    assert [score.reward for score in first[6:]] == [1, 0] * 5 == [s.reward for s in second]
+    assert first[4:6] == [Score(1.0), Score(0.0)]
+    assert [score.reward for score in first[7:]] == [1, 0] * 5 == [s.reward for s in second]
     assert failures == {
         (fails, "raised"): 2,
         (fails, "hung"): 1,

@@ -187,7 +187,7 @@ def test_time() -> None:
     sleeping = Sandbox(SandboxConfig(wall_seconds=0.5))
     assert sleeping.run(Program("import time; time.sleep(1e6)")).status == "timeout"
     closing = "import os, time\nos.closerange(0, 64)\ntime.sleep(1e6)"
-    assert sleeping.run(Program(closing)).status == "timeout"
+    assert sleeping.run(Program(closing)).status == "died"
     assert time.monotonic() - start < 5
     spinning = Sandbox(SandboxConfig(cpu_seconds=1, wall_seconds=60))
     assert spinning.run(Program("while True: pass")).status == "died"
@@ -246,5 +246,12 @@ def test_refused_where_the_kernel_cannot_isolate(monkeypatch: pytest.MonkeyPatch
         folder.unlink()
 
 
-def test_check() -> None:
+def test_settings(tmp_path: Path) -> None:
     Sandbox(SandboxConfig()).check()
+    Sandbox(SandboxConfig(memory=2**26)).check()
+    (tmp_path / "package.py").write_text("value = 3")
+    source = f"import sys\nsys.path.append({str(tmp_path)!r})\nimport package"
+    assert run(source).error.startswith("ModuleNotFoundError")
+    assert run(source, readable=[str(tmp_path)]).status == "finished"
+    with pytest.raises(PostTrainingError, match="readable: /no/such is no folder"):
+        Sandbox(SandboxConfig(readable=["/no/such"]))
