@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data.block_cache import BlockCache, default_folder
-from data.config import DataConfig
+from data.config import CacheConfig, DataConfig
 from data.errors import DataError
 from data.storage import AnyPath, StoragePath, as_path
 
@@ -215,6 +215,11 @@ def open_cache(config: DataConfig) -> BlockCache:
     """Returns the cache for shards in object storage."""
     folder = config.cache.folder
     return BlockCache(default_folder() if folder is None else Path(folder), config.cache.max_bytes)
+
+
+def shard_cache() -> BlockCache:
+    """Returns the cache for commands on shards that have no config."""
+    return BlockCache(default_folder(), CacheConfig().max_bytes)
 
 
 def open_shard(

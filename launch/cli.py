@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 
 from launch import processes
+from launch.arguments import Config, Overrides, Overwrite, check, run_command
 from launch.choices import Effort, GpuName, WeightFormat
+from launch.data_commands import data_app
 
 if TYPE_CHECKING:
-    from trainer.config import RunConfig
+    pass
 
 # pydantic's models, rich and optuna are imported where they are used: `--help` needs none of them.
 
@@ -24,22 +26,10 @@ app = typer.Typer(
 )
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 tokenizer_app = typer.Typer(help="The tokenizer.", no_args_is_help=True)
-data_app = typer.Typer(help="Training data.", no_args_is_help=True)
 app.add_typer(tokenizer_app, name="tokenizer")
 app.add_typer(data_app, name="data")
 kernels_app = typer.Typer(help="The kernels of this machine's GPUs.", no_args_is_help=True)
 app.add_typer(kernels_app, name="kernels")
-
-Config = Annotated[str, typer.Argument(help="Config file, or the folder of a run.")]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(metavar="[KEY=VALUE]...", help="Overrides of the file."),
-]
-
-Overwrite = Annotated[
-    bool,
-    typer.Option("--overwrite", help="Replace what is there, which runs may have been made with."),
-]
 
 Processes = Annotated[
     int, typer.Option(min=1, help="Processes that share the model, each with some of its weights.")
@@ -55,36 +45,12 @@ def _exit(code: int) -> NoReturn:
     raise typer.Exit(code)
 
 
-def _command(verb: str, config: str, overrides: list[str] | None, *more: str) -> None:
-    """Checks the config here, where it is cheap, then runs the verb in a subprocess."""
-    _check(config, overrides)
-    _exit(processes.run(processes.command(verb, config, *more, *(overrides or []))))
-
-
-def _check(config: str, overrides: list[str] | None) -> "RunConfig":
-    from trainer.config import load_run
-
-    return load_run(config, overrides or [])
-
-
 @tokenizer_app.command("train")
 def tokenizer_train(
     config: Config, overrides: Overrides = None, overwrite: Overwrite = False
 ) -> None:
     """Train the tokenizer of data.tokenizer on data.sources."""
-    _command("tokenizer-train", config, overrides, *["--overwrite"] * overwrite)
-
-
-@data_app.command("prepare")
-def data_prepare(config: Config, overrides: Overrides = None, overwrite: Overwrite = False) -> None:
-    """Turn data.sources into token shards."""
-    _command("prepare", config, overrides, *["--overwrite"] * overwrite)
-
-
-@data_app.command("report")
-def data_report(config: Config, overrides: Overrides = None) -> None:
-    """Show the contents of the token shards, and some rows, in report.html in the same folder."""
-    _command("data-report", config, overrides)
+    run_command("tokenizer-train", config, overrides, *["--overwrite"] * overwrite)
 
 
 @kernels_app.command("check")
@@ -103,7 +69,7 @@ def kernels_check(
 ) -> None:
     """Check every kernel on this machine's GPUs: does it fit, is it right, is it faster."""
     more = [] if nproc is None else [f"--processes={nproc}"]
-    _command("kernels-check", config, overrides, *more)
+    run_command("kernels-check", config, overrides, *more)
 
 
 @kernels_app.command("show")
@@ -124,7 +90,7 @@ def train(
     ] = 0,
 ) -> None:
     """Train, or resume from the newest checkpoint. SIGTERM or Ctrl-C: checkpoint, then exit."""
-    _check(config, overrides).check_world(nproc_per_node)
+    check(config, overrides).check_world(nproc_per_node)
     _exit(processes.train([config, *(overrides or [])], nproc_per_node, max_restarts))
 
 
@@ -165,7 +131,7 @@ def evaluate(
     options += ["--json"] * as_json + ([] if tasks is None else [f"--tasks={tasks}"])
     if is_hf_folder(config):
         _exit(processes.run(processes.command("eval", config, *options, *(overrides or []))))
-    _command("eval", config, overrides, *options)
+    run_command("eval", config, overrides, *options)
 
 
 @app.command()
@@ -201,7 +167,7 @@ def export(
     if out is None:
         raise typer.BadParameter("name the new folder", param_hint="OUT")
     more = [f"--weights={weights.value}", *([] if prompts is None else [f"--prompts={prompts}"])]
-    _command("export", config, overrides, out, *more)
+    run_command("export", config, overrides, out, *more)
 
 
 @app.command()
@@ -286,7 +252,7 @@ def report(config: Config, overrides: Overrides = None) -> None:
     """Draw the run's curves, or the comparison of a sweep's trials, into report.html."""
     if (Path(config) / "sweep.json").is_file():
         _exit(processes.run(processes.command("sweep-report", config)))
-    _command("report", config, overrides)
+    run_command("report", config, overrides)
 
 
 @app.command()
@@ -346,7 +312,7 @@ def plan(
     ] = Path("job"),
 ) -> None:
     """Show steps, tokens, parameters, traffic and memory of a config; write a cluster's job."""
-    run = _check(config, overrides)
+    run = check(config, overrides)
     if cluster is not None:
         from launch.cluster import load_cluster, write_job
         from launch.job import Nodes

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data.activity import Activity, prepare_streams, print_line
+from trainer.data_commands import DATA_VERBS, add_data_arguments
 from trainer.evaluation.arguments import add_eval_arguments
 from trainer.generate.arguments import add_chat_arguments, add_generate_arguments
 from trainer.process.signals import raise_on_interrupt
@@ -286,7 +287,7 @@ VERBS = {
     "gpus": gpus,
     "kernels-check": kernels_check,
 }
-PLAIN_VERBS = {"kernels-show": kernels_show}
+PLAIN_VERBS = {"kernels-show": kernels_show} | DATA_VERBS
 FOLDER_VERBS = {
     "chat": chat,
     "check-export": check_export,
@@ -358,8 +359,8 @@ def _parser() -> argparse.ArgumentParser:
             add_generate_arguments(verb)
         if name == "chat":
             add_chat_arguments(verb)
-    for name, plain_function in PLAIN_VERBS.items():
-        verbs.add_parser(name, help=plain_function.__doc__)
+    verbs.add_parser("kernels-show", help=kernels_show.__doc__)
+    add_data_arguments(verbs)
     for name, function in VERBS.items():
         verb = verbs.add_parser(name, help=function.__doc__)
         verb.add_argument("config", help="config file or run folder")

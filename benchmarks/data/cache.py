@@ -2,16 +2,17 @@
 
     python -m benchmarks.data.cache FOLDER [--steps 10] [--delay 0.02] [--step-seconds 0.5]
 
-FOLDER gets 27M random tokens (108 MB), which moto's server has on loopback, where it answers each
-request `--delay` seconds late. For each limit a new cache is filled by two steps of 262,144 tokens,
-documents in random order; then `--steps` more are timed, on one thread of one process. The rate is
-reported with the largest size of the cache's folder, sampled every 20 ms. Then a run is imitated
-that takes `--step-seconds` for each step and reads ahead (`data.prefetch: 2`): for how long each
-step after the first waits for its rows, without faults and with 503s and cut connections.
+FOLDER gets 27M random tokens (108 MB) in 54 shards, which moto's server has on loopback, where it
+answers each request `--delay` seconds late. (It copies the whole object for a range of it, so that
+larger ones would measure that.) For each limit a new cache is filled by two steps of 262,144
+tokens, documents in random order; then `--steps` more are timed, on one thread of one process. The
+rate is reported with the largest size of the cache's folder, sampled every 20 ms. Then a run is
+imitated that takes `--step-seconds` for each step and reads ahead (`data.prefetch: 2`), as one of 8
+ranks of nano.yaml's batch, 16 rows of 4096 tokens a step: for how long each step after the first
+waits for its rows, without faults and with 503s and cut connections.
 """
 
 import argparse
-import json
 import shutil
 import sys
 import tempfile
@@ -19,13 +20,18 @@ import threading
 import time
 from pathlib import Path
 
-from benchmarks.data.loader import lengths_of, shards
+import numpy as np
+
+from benchmarks.data.loader import lengths_of
+from benchmarks.data.many_shards import make_shards
 from benchmarks.data.objects import started_with
 from data.config import DataConfig
 from data.rows.loader import Loader
 from data.rows.prefetch import Prefetcher
 
-DOCUMENTS = 30_000
+DOCUMENTS, SHARDS, VOCAB_SIZE = 30_000, 54, 129_280
+RANKS = 8
+PACED_STEPS = 30
 FILLING_STEPS = 2
 SHARES = (2.0, 0.5, 0.25, 0.16)
 """Limits of the cache, as shares of the shards' bytes."""
@@ -76,7 +82,7 @@ def read(config: DataConfig, steps: int) -> float:
 
 def longest_wait(config: DataConfig, steps: int, seconds: float) -> tuple[float, float]:
     """Returns the wait for the first step and the longest of the others, of paced steps."""
-    loader = Loader(config, 0)
+    loader = Loader(config, 0, 0, RANKS)
     prefetcher = Prefetcher(loader.at, 2, steps)
     waits = []
     for step in range(steps):
@@ -105,10 +111,13 @@ def main() -> int:
     local: Path = options.folder / "shards"
     if not (local / "manifest.json").exists():
         shutil.rmtree(local, ignore_errors=True)
-        local.mkdir(parents=True)
-        fields = shards(local, lengths_of(DOCUMENTS))
-        (options.folder / "fields.json").write_text(json.dumps(fields))
-    fields = json.loads((options.folder / "fields.json").read_text())
+        made = np.array_split(lengths_of(DOCUMENTS), SHARDS)
+        make_shards(local, [part.tolist() for part in made], VOCAB_SIZE)
+    fields = {
+        "sources": [{"name": "text", "paths": ["-"]}],
+        "shards": str(local),
+        "tokenizer": {"path": str(local), "vocab_size": VOCAB_SIZE},
+    }
     nbytes = size_of(local)
     rate = read(config_with(fields), options.steps)
     print(f"local files, {nbytes / 1e6:.0f} MB: {rate:,.0f} tokens/s", flush=True)
@@ -125,6 +134,7 @@ def main() -> int:
             limit = max(int(share * nbytes), 1 << 24)
             remote = {**fields, "shards": f"s3://shards/{local.name}"}
             config = config_with({**remote, "cache": {"folder": str(folder), "max_bytes": limit}})
+            paced = config.model_copy(update={"global_batch_size": 16 * RANKS})
             with LargestSize(folder) as largest:
                 rate = read(config, options.steps)
             over = largest.value / limit
@@ -138,7 +148,7 @@ def main() -> int:
             for label, some in (("", []), (", with 503s and cut connections", faults)):
                 server.set_faults(*some, late)
                 shutil.rmtree(folder)
-                first, longest = longest_wait(config, options.steps, options.step_seconds)
+                first, longest = longest_wait(paced, PACED_STEPS, options.step_seconds)
                 print(
                     f"  steps of {options.step_seconds} s{label}: the first waits {first:.2f} s, "
                     f"the others {longest:.3f} s at most; {server.applied()[:-1]} faults",

@@ -23,7 +23,7 @@ from benchmarks.data.objects import serve_folder
 from data.config import DataConfig
 from data.documents import open_tables, table_file
 from data.files import sha256_of
-from data.indexed import index_bytes
+from data.indexed import index_bytes, token_dtype
 from data.manifest import Manifest, Shard
 
 STEP = 10**6
@@ -31,39 +31,43 @@ _DOCUMENTS, _TOKENS = 4, 300
 _VOCAB_SIZE = 32768
 
 
-def make_shards(folder: Path, count: int) -> None:
-    """Writes shards of random tokens, and a tokenizer file of which only the hash is read."""
+def make_shards(folder: Path, lengths: list[list[int]], vocab_size: int) -> None:
+    """Writes shards of random tokens, and a tokenizer file of which only the hash is read.
+
+    `lengths` are the tokens of each document of each shard.
+    """
     rng = np.random.default_rng(0)
-    digest = hashlib.sha256(b"many shards").hexdigest()
+    digest = hashlib.sha256(b"made-up shards").hexdigest()
     (folder / digest[:16]).mkdir(parents=True)
     (folder / "tokenizer.model").write_bytes(b"only its hash is read")
-    index = index_bytes([_TOKENS] * _DOCUMENTS, np.dtype("<u2"))
+    dtype = token_dtype(vocab_size)
     shards = []
-    for number in range(count):
+    for number, of_shard in enumerate(lengths):
         name = f"text-train-{number:05d}"
-        ids = rng.integers(3, _VOCAB_SIZE, (_DOCUMENTS, _TOKENS)).astype("<u2")
-        ids[:, 0], ids[:, -1] = 0, 1
+        index, ends = index_bytes(of_shard, dtype), np.cumsum(of_shard)
+        ids = rng.integers(3, vocab_size, ends[-1]).astype(dtype)
+        ids[[0, *ends[:-1]]], ids[ends - 1] = 0, 1
         (folder / digest[:16] / f"{name}.bin").write_bytes(ids.tobytes())
         (folder / digest[:16] / f"{name}.idx").write_bytes(index)
         shards.append(
             Shard(
-                source="text", domain="prose", split="train", name=name, documents=_DOCUMENTS,
+                source="text", domain="prose", split="train", name=name, documents=len(of_shard),
                 tokens=ids.size, bytes=ids.size * 4,
                 bin_sha256=hashlib.sha256(ids.tobytes()).hexdigest(),
                 idx_sha256=hashlib.sha256(index).hexdigest(),
             )
         )  # fmt: skip
     Manifest(
-        digest=digest, folder=digest[:16], vocab_size=_VOCAB_SIZE, bos_id=0, eos_id=1, pad_id=2,
+        digest=digest, folder=digest[:16], vocab_size=vocab_size, bos_id=0, eos_id=1, pad_id=2,
         tokenizer_hash=sha256_of(folder / "tokenizer.model"), empty_documents={},
         shards=tuple(shards),
     ).save(folder)  # fmt: skip
-    lengths = np.full(_DOCUMENTS, _TOKENS)
+    of_name = dict(zip((shard.name for shard in shards), lengths, strict=True))
     open_tables(
         table_file(folder / digest[:16], "train"),
         digest,
         {"text": shards},
-        lambda _: (np.dtype("<u2"), lengths),
+        lambda shard: (dtype, np.array(of_name[shard.name])),
     )
 
 
@@ -112,7 +116,7 @@ def main() -> int:
     options = parser.parse_args()
     folder: Path = options.folder / f"shards-{options.shards}"
     if not (folder / "manifest.json").exists():
-        make_shards(folder, options.shards)
+        make_shards(folder, [[_TOKENS] * _DOCUMENTS] * options.shards, _VOCAB_SIZE)
     with tempfile.TemporaryDirectory() as temporary:
         cache = Path(temporary)
         _measure(str(folder), folder, cache, "local", 3)

@@ -20,6 +20,7 @@ _AT_ONCE = 32  # requests
 _GAP_BYTES = 64 << 10  # between documents that one request fetches: as long as a request takes
 _REQUEST_BYTES = BLOCK_BYTES
 _MAX_STEPS = 256  # ahead
+_PLAN_STEPS = 32  # at a time, which takes a tenth of a second
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ class Fetcher:
             self._plan(step, 1)
         size = sum(chunk.size for chunk in self._chunks)
         if size < self._ahead_bytes // 2 and self._next - step < _MAX_STEPS // 2:
-            self._plan(step, _MAX_STEPS)  # many at a time, whose documents are nearer
+            self._plan(step, _PLAN_STEPS)  # many at a time, whose documents are nearer
         if self._chunks:
             wait(self._chunks[0].requests.get(step, []))
 

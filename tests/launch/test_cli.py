@@ -90,13 +90,32 @@ def test_every_command_takes_overrides_and_options(
     """What `v4` starts is what the verb's parser reads."""
     commands: list[list[str]] = []
     run = SimpleNamespace(check_world=lambda world: None)
-    monkeypatch.setattr(cli, "_check", lambda config, overrides: run)
+    for module in ("launch.cli", "launch.arguments"):
+        monkeypatch.setattr(f"{module}.check", lambda config, overrides: run)
     monkeypatch.setattr(processes, "run", lambda command: commands.append(command) or 0)
     cli.app(arguments, standalone_mode=False)
     options = parse(commands[0][3:])
     assert (options.config, options.overrides) == ("run", ["steps=3", "seed=1"])
     assert {name: getattr(options, name) for name in flags} == flags
     assert getattr(options, "folder", "out") == "out"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["verify", "s3://bucket/a"], {"shards": "s3://bucket/a"}),
+        (["merge", "out", "a", "b", "--overwrite"], {"out": "out", "shards": ["a", "b"]}),
+        (["report", "a", "--compare", "b"], {"config": "a", "other": "b"}),
+    ],
+)
+def test_commands_of_shards_that_exist(
+    arguments: list[str], expected: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commands: list[list[str]] = []
+    monkeypatch.setattr(processes, "run", lambda command: commands.append(command) or 0)
+    cli.app(["data", *arguments], standalone_mode=False)
+    options = parse(commands[0][3:])
+    assert {name: getattr(options, name) for name in expected} == expected
 
 
 def test_export_checks_a_folder_instead(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -240,7 +259,7 @@ def test_a_signal_for_the_demo_alone_ends_its_training(tiny: Path, tmp_path: Pat
 
 
 def test_help_loads_only_typer_and_a_config_no_torch(tiny: Path) -> None:
-    code = "import sys, launch.cli; print(*sys.modules); launch.cli._check(sys.argv[1], [])"
+    code = "import sys, launch.cli; print(*sys.modules); launch.cli.check(sys.argv[1], [])"
     code += "; print(*sys.modules)"
     command = [sys.executable, "-c", code, str(tiny)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from html import escape
 
 import numpy as np
+from numpy.typing import NDArray
 
 from data import Manifest
 from data.config import DataConfig
@@ -25,8 +26,10 @@ from trainer.report.run import CSS
 from trainer.run_tokenizer import run_data
 
 _SHOWN_ROWS = 3
+_EXAMPLES = 100  # of documents that filters left out
+_UNFOLDED = 30  # rows of a table of sources
 _SHOWN_TOKENS = 1024  # of a row
-_CSS = """
+CARD_CSS = """
 section.card { background: var(--card); border: 1px solid var(--line); border-radius: 10px;
   padding: 16px 18px; margin: 12px 0; overflow-x: auto; }
 p.note { color: var(--soft); font-size: 13px; margin: 0 0 10px; }
@@ -72,25 +75,25 @@ def render(loader: Loader, tokenizer: Tokenizer, facts: DataFacts) -> str:
     """Returns the page as HTML text; its rows are those of the loader's first phase."""
     name = escape(loader.config.shards)
     length = loader.schedule.phases[0].seq_len
-    chart = histogram("Document length", "tokens", {s.name: s.lengths for s in facts.sources})
+    chart = histogram("Document length", "tokens", _lengths(facts))
     shown, of = facts.words_from, "words of the sampled text"
     parts = (
         f"<h1>{name}</h1><p class=sub>Training data: {len(facts.sources)} sources, rows of "
         f"{length:,} tokens</p><div class=tiles>{_tiles(facts)}</div>",
-        _card("Sources", _SOURCES_NOTE, _sources(facts)),
+        card("Sources", _SOURCES_NOTE, _sources(facts)),
         f"<section class=card><h2>Length of documents</h2>{chart}</section>",
-        _card("Packing into rows", _PACKING_NOTE, _packing(facts)),
-        _card("Filtered documents", _FILTERS_NOTE, _filters(facts)),
-        _card("Mixture and transforms in the stream", *_mixture(loader)),
-        _card("Rows as the model gets them", _ROWS_NOTE, _rows(loader, tokenizer)),
-        _card(
+        card("Packing into rows", _PACKING_NOTE, _packing(facts)),
+        card("Filtered documents", _FILTERS_NOTE, _filters(facts)),
+        card("Mixture and transforms in the stream", *_mixture(loader)),
+        card("Rows as the model gets them", _ROWS_NOTE, _rows(loader, tokenizer)),
+        card(
             "Longest tokens",
             "The 20 tokens of the vocabulary with the most characters, and their occurrences in "
             f"{facts.counted:,} tokens of the shards. Long ones that are common point to "
             "templated text.",
             _pairs(longest_tokens(tokenizer, facts), ("token", "characters", "occurrences")),
         ),
-        _card(
+        card(
             "Most-split words",
             f"The 20 {of} ({shown:,} tokens) that take the most tokens, among those that occur "
             "twice or more.",
@@ -100,7 +103,7 @@ def render(loader: Loader, tokenizer: Tokenizer, facts: DataFacts) -> str:
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{name}</title><style>{CSS}{_CSS}</style></head><body><main>"
+        f"<title>{name}</title><style>{CSS}{CARD_CSS}</style></head><body><main>"
         f"{''.join(parts)}</main></body></html>\n"
     )
 
@@ -126,7 +129,8 @@ _ROWS_NOTE = (
 )
 
 
-def _card(title: str, note: str, body: str) -> str:
+def card(title: str, note: str, body: str) -> str:
+    """Returns a section; the note and the body are HTML already."""
     return f"<section class=card><h2>{title}</h2><p class=note>{note}</p>{body}</section>"
 
 
@@ -163,12 +167,13 @@ def _sources(facts: DataFacts) -> str:
         *("source", "documents", "empty", "bad", "filtered"),
         *("training", "validation", "bytes/token", "share"),
     )
-    return _table(header, rows)
+    return folded(header, rows)
 
 
 def _filters(facts: DataFacts) -> str:
     """Returns figures by source and filter, and examples."""
-    rows, examples = [], []
+    rows: list[tuple[str, ...]] = []
+    examples: list[str] = []
     for source in facts.sources:
         total = source.bytes + sum(each.bytes for each in source.filtered.values())
         masked = {"pii (masked, not dropped)": source.masked} if source.masked.documents else {}
@@ -188,8 +193,8 @@ def _filters(facts: DataFacts) -> str:
             ]
     if not rows:
         return "<p>None: no filter is set, or every document passed.</p>"
-    table = _table(("source: filter", "documents", "MB", "share"), rows)
-    return f"{table}<details><summary>Examples</summary>{''.join(examples)}</details>"
+    figures = folded(("source: filter", "documents", "MB", "share"), rows)
+    return f"{figures}<details><summary>Examples</summary>{''.join(examples[:_EXAMPLES])}</details>"
 
 
 def _mixture(loader: Loader) -> tuple[str, str]:
@@ -226,7 +231,7 @@ def _mixture(loader: Loader) -> tuple[str, str]:
         *("source", "share, configured", "measured", "largest difference"),
         *("FIM, configured", "measured", "split, configured", "measured"),
     )
-    return note, _table(header, rows)
+    return note, folded(header, rows)
 
 
 def _packing(facts: DataFacts) -> str:
@@ -234,15 +239,34 @@ def _packing(facts: DataFacts) -> str:
         ("best fit", f"{facts.rows:,}", f"{facts.fill:.2%}", f"{facts.cut_best_fit:,}"),
         ("concatenate and cut", f"{facts.rows_concatenated:,}", "", f"{facts.cut_concatenated:,}"),
     ]
-    return _table(("", "rows", "filled", f"documents cut, of {facts.train_documents:,}"), rows)
+    return table(("", "rows", "filled", f"documents cut, of {facts.train_documents:,}"), rows)
 
 
 def _pairs(rows: list[tuple[str, int, int]], header: tuple[str, str, str]) -> str:
     cells = [(f"<code>{_visible(text)}</code>", f"{a:,}", f"{b:,}") for text, a, b in rows]
-    return _table(header, cells)
+    return table(header, cells)
 
 
-def _table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
+def folded(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
+    """Returns a table of the first `_UNFOLDED` rows, and one of the others that is folded."""
+    shown = table(header, rows[:_UNFOLDED])
+    if len(rows) <= _UNFOLDED:
+        return shown
+    more = f"{len(rows) - _UNFOLDED:,} more"
+    return f"{shown}<details><summary>{more}</summary>{table(header, rows[_UNFOLDED:])}</details>"
+
+
+def _lengths(facts: DataFacts) -> dict[str, NDArray[np.int64]]:
+    """The lengths of documents by source: of many, of the largest ones and of all others."""
+    largest = sorted(facts.sources, key=lambda source: -source.train_tokens)
+    if len(largest) <= len(SERIES_COLORS):
+        return {source.name: source.lengths for source in facts.sources}
+    shown, others = largest[: len(SERIES_COLORS) - 1], largest[len(SERIES_COLORS) - 1 :]
+    together = np.concatenate([source.lengths for source in others])
+    return {s.name: s.lengths for s in shown} | {f"{len(others):,} other sources": together}
+
+
+def table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
     """Returns a table; its cells are HTML already."""
     head = "".join(f"<th>{name}</th>" for name in header)
     body = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in rows)
