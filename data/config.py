@@ -37,10 +37,10 @@ class SourceConfig(Section):
     single files."""
     include: tuple[str, ...] = ("**/*",)
     """Glob patterns of the files that are read from a folder in `paths`."""
-    format: Literal["json", "lines", "parquet", "text"] = "json"
+    format: Literal["json", "lines", "parquet", "text", "warc", "wet"] = "json"
     """Format of the files: `json` reads .jsonl and .json, `parquet` reads tables, `text` reads each
-    file as a document and `lines` each line. All but tables may be compressed: .gz, .bz2, .xz,
-    .zst."""
+    file as a document and `lines` each line; `warc` extracts the text of web pages in archives,
+    `wet` takes it as it is. All but tables may be compressed: .gz, .bz2, .xz, .zst."""
     dataset: str | None = None
     """Name of a dataset on the Hugging Face hub, instead of `paths`."""
     dataset_subset: str | None = None

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from data.config import SourceConfig
 from data.errors import DataError
 from data.prepare.pieces import Piece
-from data.prepare.readers import json_text, lines, parquet, text
+from data.prepare.readers import json_text, lines, parquet, text, warc
 from data.prepare.readers.compressed import SUFFIXES
 from data.prepare.readers.hub import read_dataset
 from data.prepare.readers.record import Record, field_of, name_of, repeated_key, with_remedy
@@ -22,7 +22,7 @@ __all__ = [
     "with_remedy",
 ]
 
-_READERS = {"json": json_text, "lines": lines, "parquet": parquet}
+_READERS = {"json": json_text, "lines": lines, "parquet": parquet, "warc": warc, "wet": warc}
 
 
 def read_records(source: SourceConfig, piece: Piece, number: int) -> Iterator[Record]:

@@ -59,6 +59,11 @@ class PieceStream(AbstractContextManager["PieceStream"]):
     def __exit__(self, *_: object) -> None:
         self._stream.close()
 
+    @property
+    def stream(self) -> BinaryIO:
+        """The bytes as an open file."""
+        return self._stream
+
     def read(self) -> bytes:
         """The bytes from here to the end of the file."""
         return self._stream.read()
