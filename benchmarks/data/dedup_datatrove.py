@@ -21,7 +21,8 @@ from numpy.typing import NDArray
 
 from data.config import FiltersConfig, SourceConfig
 from data.prepare.dedup import remove_dedup_files, signature_file, stages, verdict_file
-from data.prepare.filters import KEPT, language
+from data.prepare.filters import KEPT
+from data.prepare.filters.quality import word_splitter
 from data.prepare.signatures import NEAR_ROWS, NEAR_SLOTS, signatures
 from data.prepare.task import Preparation
 from data.prepare.work_item import WorkItem
@@ -81,7 +82,7 @@ def by_datatrove(texts: list[str]) -> NDArray[np.bool_]:
         hashes_per_bucket=NEAR_ROWS,
         norm_config=TextNormConfig(norm_unicode_diacritics=False, norm_numbers=False),
     )
-    minhash.load_word_tokenizer = lambda _language: language()  # its own need large packages
+    minhash.load_word_tokenizer = lambda _language: word_splitter()  # its own need large packages
     documents = (Document(text=text, id=str(i)) for i, text in enumerate(texts))
     with tempfile.TemporaryDirectory() as folder:
         minhash.MinhashDedupSignature(f"{folder}/s", config).run(documents)
