@@ -132,6 +132,14 @@ def test_shards_of_remote_files(
     manifest = prepare(remote, progress=False)
     assert sum(shard.documents for shard in manifest.shards) == 100
     assert "copy.jsonl seems to be a copy of s3://versions/a.jsonl" in capsys.readouterr().err
+    digests = set()
+    for name in ("a.jsonl", "copy.jsonl"):  # of the same content, at another place
+        update = {
+            "sources": [source | {"paths": [f"{folder}/{name}"]}],
+            "shards": f"{tmp_path}/{name}",
+        }
+        digests.add(prepare(DataConfig.model_validate(config.model_dump() | update), False).digest)
+    assert len(digests) == 2
     before = len(s3.requests())
     assert prepare(remote, progress=False) == manifest
     assert len(s3.requests()) < before + 6, "nothing is read to find out that it is current"
@@ -242,6 +250,8 @@ def test_files_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
         assert stored_now(file.path) == file
         files["sub/c.jsonl"] = content.replace(b"many", b"MANY")
         assert stored_now(file.path).size == file.size and stored_now(file.path) != file
+        files["sub/new.jsonl"] = b""
+        assert len(corpus(paths=[f"{hub}/sub/*"]).files) == 3, "the driver's list is a new one"
         for path in ("hf://datasets/me/other/a.jsonl", f"{hub}/nothing/*"):
             with pytest.raises(DataError, match="nothing to read at hf://datasets/me"):
                 corpus(paths=[path])
