@@ -10,17 +10,17 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from data.prepare.demo_cloze import write_demo_cloze
     from data.prepare.demo_corpus import build_demo_corpus
-    from data.prepare.merge import merge
+    from data.prepare.merging import merge
     from data.prepare.run import prepare
     from data.prepare.tokenizer_training import train_tokenizer
-    from data.prepare.verify import verify
+    from data.prepare.verification import verify
 
 _MODULES = {
     "build_demo_corpus": "demo_corpus",
-    "merge": "merge",
+    "merge": "merging",
     "prepare": "run",
     "train_tokenizer": "tokenizer_training",
-    "verify": "verify",
+    "verify": "verification",
     "write_demo_cloze": "demo_cloze",
 }
 __all__ = list(_MODULES)
