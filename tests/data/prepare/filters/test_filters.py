@@ -268,6 +268,7 @@ def test_processes_and_kills_change_nothing(
     server()
     with monkeypatch.context() as patched:
         patched.setattr("data.prepare.engines.engine._BYTES_PER_PROCESS", 1)
+        patched.setattr("data.prepare.dedup.sequence._TOGETHER", -1)
         prepare(several, progress=False)
     assert contents(several) == contents(filtered)
     rng = random.Random(7)
