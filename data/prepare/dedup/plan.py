@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data.config import Section
+from data.errors import DataError
 from data.prepare.dedup.kernels import Ints, band_keys
 from data.prepare.dedup.scatter import Output, dedup_folder, output_path, read_part
 from data.prepare.filters import KEPT
@@ -154,8 +155,12 @@ class SignatureFiles:
                 with signature_file(self.items[item].name, self.folder).open("rb") as stream:
                     stream.seek((start - int(self.first[item])) * SIGNATURE.itemsize)
                     for begin in range(start, end, _BLOCK):
-                        count = min(_BLOCK, end - begin)
-                        yield begin, np.fromfile(stream, dtype=SIGNATURE, count=count)
+                        records = np.fromfile(stream, SIGNATURE, min(_BLOCK, end - begin))
+                        if len(records) < min(_BLOCK, end - begin):
+                            raise DataError(
+                                f"{stream.name} was truncated meanwhile; run the command again."
+                            )
+                        yield begin, records
             start, item = end, item + 1
 
     def selected(self, documents: Ints) -> Iterator[tuple[int, int, NDArray[Any]]]:

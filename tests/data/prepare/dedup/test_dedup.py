@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from data.config import FiltersConfig
-from data.prepare.dedup import remove_dedup_files, stages, verdict_file
+from data.errors import DataError
+from data.prepare.dedup import remove_dedup_files, signature_file, stages, verdict_file
 from data.prepare.signatures import SIGNATURE
 from data.prepare.work_item import WorkItem
 from tests.data.prepare.dedup.made import (
@@ -107,6 +108,17 @@ def test_few_documents_are_one_task(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     # Without one of the verdicts' marks, the task is not done.
     remove_dedup_files(tmp_path)
     assert not done[0][0].is_done(tmp_path)
+
+
+def test_truncated_signatures_end_the_task(tmp_path: Path) -> None:
+    items = write_items(tmp_path, np.zeros(40, dtype=SIGNATURE), [20])
+    tasks = next(iter(stages(items, tmp_path, FiltersConfig(), 1 << 26)))
+    file = signature_file(items[1].name, tmp_path)
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(DataError, match=r"made-00001.filter.bin was truncated meanwhile; run"):
+        tasks[0].run(preparation(tmp_path, items), lambda _size: None)
+    assert not tasks[0].is_done(tmp_path)
+    assert not list((tmp_path / "dedup").glob(".*"))  # nothing of the failed attempt is left
 
 
 def test_other_work_items_or_memory_begin_again(tmp_path: Path) -> None:
