@@ -12,6 +12,7 @@ import torch
 from data.activity import Activity, print_line
 from trainer.checkpoint import at_next_step, claim_checkpoints, put_back
 from trainer.config import RunConfig
+from trainer.generate.load import read_model
 from trainer.kernels import RankKernels, local_verdicts
 from trainer.parallel.collectives import all_gather_objects
 from trainer.parallel.grid import Grid, connect_store, open_grid
@@ -83,6 +84,7 @@ def train_together(config: RunConfig, stop: StopRequest, profile: ProfileRequest
                 kernels=agreed,
                 heartbeat=heartbeat,
                 profile=profile,
+                read_model=read_model,
             )
             state = _run(config, grid, make_trainer, messages, watch, start)
         watch.close()

@@ -22,11 +22,12 @@ from trainer.device import peak_memory_report
 from trainer.engine import RankMessage, StepLosses
 from trainer.evaluation import Evaluations, EvaluationStopped
 from trainer.garbage import collection_by_steps
+from trainer.generate.stored import ModelReader
 from trainer.kernels import AgreedKernels, run_operations, unchecked
 from trainer.metrics import Metrics, UpdateStats, collect_stats, compute_layer_stats, describe_event
 from trainer.parallel.collectives import all_gather_objects
 from trainer.parallel.grid import Grid
-from trainer.post import OwnSamples
+from trainer.post import open_own_samples
 from trainer.process.command_line import resume_command, v4
 from trainer.process.errors import CheckpointError, DivergedError
 from trainer.process.heartbeat import Heartbeat, Task
@@ -51,7 +52,7 @@ class Trainer:
     `kernels` are what all ranks agreed on; by default, those that the config names without
     a check of the GPU. `async_saves`: whether checkpoints are written beside training; by default
     as the config wants, without a check of the host's memory. `heartbeat` gets what the loop does,
-    for a watchdog; `profile` asks for profiles.
+    for a watchdog; `profile` asks for profiles. `read_model` opens the models that `post` names.
 
     Raises the errors of trainer.process.errors.USER_ERRORS for input that cannot be trained on.
     """
@@ -67,6 +68,7 @@ class Trainer:
         async_saves: bool | None = None,
         heartbeat: Heartbeat | None = None,
         profile: ProfileRequest | None = None,
+        read_model: ModelReader | None = None,
     ) -> None:
         config.check_world(grid.world_size)
         data = run_data(config)
@@ -101,9 +103,9 @@ class Trainer:
             self.kernels.kernels,
         )
         self.model = self.local.model
-        self.own: OwnSamples | None = None  # in place of the shards' rows
-        if config.post is not None:
-            self.own = OwnSamples(config, grid, self.tokenizer, self.heartbeat)
+        self.own = open_own_samples(
+            config, grid, self.tokenizer, self.heartbeat, self.kernels.kernels, read_model
+        )
         self.anticipation = Anticipation(
             self.engine,
             grid,

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from data.prepare import prepare, train_tokenizer
 from trainer.config import RunConfig, load_config
+from trainer.generate.load import read_model
 from trainer.metrics.jsonl import read_metrics
 from trainer.parallel.grid import Grid
 from trainer.process.signals import StopRequest
@@ -92,7 +93,7 @@ def train(
     if dist.is_initialized():
         grid = Grid.build(config.degrees(dist.get_world_size()), torch.device("cpu"))
     stop = StopRequest()
-    trainer = Trainer(config, grid, stop)
+    trainer = Trainer(config, grid, stop, read_model=read_model)
     if stop_at and grid.is_first:
         trainer.periodic.append(lambda state, _: state.step == stop_at - 1 and stop.request())
     if crash_at:

@@ -222,9 +222,10 @@ class PostConfig(Section):
         return self
 
     @property
-    def samples_per_rollout(self) -> int:
-        """Samples of a rollout, over all ranks."""
-        return self.prompts_per_step * self.samples_per_prompt
+    def models(self) -> list[str]:
+        """The folders of teachers and the reference, without repetition."""
+        teachers = [domain.teacher for domain in self.domains if self.method == "distil"]
+        return [*dict.fromkeys(folder for folder in (*teachers, self.reference) if folder)]
 
     def with_absolute_paths(self) -> Self:
         """Returns the same settings with paths that mean the same from any working directory."""

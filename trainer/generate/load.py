@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,18 +17,18 @@ from data.storage import AnyPath, as_path
 from model import ModelConfig, V4Model
 from model.config import AttentionMode
 from model.kernels.operations import ALL_EAGER, Kernels
-from model.parameters import memory_name
 from model.qat import fake_quantised_layers, round_experts_
 from trainer.build import DTYPES
-from trainer.config import CONFIG_FILE, Quantisation, load_run
+from trainer.config import CONFIG_FILE, Quantisation, RunConfig, load_run
 from trainer.export import read_hf_config, read_hf_weights, read_run_weights, read_trained_with
 from trainer.generate.generate import attention_of
 from trainer.generate.ranks import ALONE, Ranks, shared_degrees
+from trainer.generate.stored import StoredModel, StoredWeights, copy_weights
 from trainer.kernels import kernels_without_check
 from trainer.parallel.grid import Grid, open_grid
 from trainer.parallel.plan import build_local_model
 from trainer.parallel.stage_plan import StagePlan
-from trainer.process.errors import ExportError
+from trainer.process.errors import CheckpointError, ExportError
 from trainer.process.local_device import local_device
 from trainer.run_tokenizer import open_tokenizer
 
@@ -113,39 +114,73 @@ def _require_hf(folder: AnyPath) -> None:
         )
 
 
+def read_model(folder: str | Path) -> StoredModel:
+    """Opens the tokenizer and the config of what `open_model` opens, and reads no weights yet.
+
+    Raises as `open_model`.
+    """
+    place = _place(folder)
+    if isinstance(place, Path) and (place / CONFIG_FILE).is_file():
+        run = load_run(place)
+        if not run.has_begun:
+            raise CheckpointError(f"{place}: holds no checkpoint yet; train the run first")
+        return StoredModel(run.model, open_tokenizer(run), partial(_read_run, run))
+    _require_hf(place)
+    config = read_hf_config(place)
+    tokenizer = Tokenizer(place)
+    if tokenizer.vocab_size > config.vocab_size:
+        raise ExportError(
+            f"{place}: its tokenizer has {tokenizer.vocab_size} ids, its model {config.vocab_size}"
+        )
+    return StoredModel(config, tokenizer, partial(_read_hf, place))
+
+
+def _read_run(config: RunConfig) -> StoredWeights:
+    step, tensors = read_run_weights(config)
+    phase = config.recipe.at(max(step - 1, 0))
+    attention = attention_of(phase.attention)
+    return StoredWeights(tensors, step, phase.quantisation, not phase.quantised, attention)
+
+
+def _read_hf(folder: AnyPath) -> StoredWeights:
+    trained_with, experts_in_fp4 = read_trained_with(folder)
+    is_rounded = trained_with.quantisation == "none" or experts_in_fp4
+    attention = attention_of(trained_with.attention)
+    tensors = read_hf_weights(folder)
+    return StoredWeights(tensors, None, trained_with.quantisation, is_rounded, attention)
+
+
 def _open_run(folder: Path, ranks: Ranks) -> OpenedModel:
     config = load_run(folder)
-    tokenizer = open_tokenizer(config)
-    step, weights = read_run_weights(config)
-    phase = config.recipe.at(max(step - 1, 0))
     device = local_device(config.device)
-    dtype, kernels = DTYPES[config.precision], kernels_without_check(config, device)
-    fp8 = config.precision == "fp8"
-    model = _make(config.model, weights, dtype, device, kernels, fp8, ranks)
-    if phase.quantised:
-        round_experts_(model)
-    attention = attention_of(phase.attention)
-    return OpenedModel(model, tokenizer, step, phase.quantisation, attention, ranks)
+    kernels, fp8 = kernels_without_check(config, device), config.precision == "fp8"
+    stored = read_model(folder)
+    weights = stored.read()
+    dtype = DTYPES[config.precision]
+    model = _make(stored.config, weights.tensors, dtype, device, kernels, fp8, ranks)
+    return _opened(model, stored, weights, ranks)
 
 
 def _open_hf(folder: AnyPath, ranks: Ranks) -> OpenedModel:
-    config = read_hf_config(folder)
-    tokenizer = Tokenizer(folder)
-    if tokenizer.vocab_size > config.vocab_size:
-        raise ExportError(
-            f"{folder}: its tokenizer has {tokenizer.vocab_size} ids, its model {config.vocab_size}"
-        )
-    weights = read_hf_weights(folder)
-    if not any(name.startswith("mtp.") for name in weights):
+    stored = read_model(str(folder))
+    weights, config = stored.read(), stored.config
+    if not any(name.startswith("mtp.") for name in weights.tensors):
         config = config.model_copy(update={"num_nextn_predict_layers": 0})
-    trained_with, experts_in_fp4 = read_trained_with(folder)
-    dtypes = {weight.dtype for name, weight in weights.items() if name.endswith("embed.weight")}
+    embeddings = [x for name, x in weights.tensors.items() if name.endswith("embed.weight")]
+    dtypes = {weight.dtype for weight in embeddings}
     dtype = torch.bfloat16 if torch.bfloat16 in dtypes else torch.float32
-    model = _make(config, weights, dtype, local_device("auto"), ALL_EAGER, False, ranks)
-    if trained_with.quantisation != "none" and not experts_in_fp4:
+    device = local_device("auto")
+    model = _make(config, weights.tensors, dtype, device, ALL_EAGER, False, ranks)
+    return _opened(model, stored, weights, ranks)
+
+
+def _opened(
+    model: V4Model, stored: StoredModel, weights: StoredWeights, ranks: Ranks
+) -> OpenedModel:
+    if not weights.experts_are_rounded:
         round_experts_(model)
-    attention = attention_of(trained_with.attention)
-    return OpenedModel(model, tokenizer, None, trained_with.quantisation, attention, ranks)
+    quantisation, attention = weights.quantisation, weights.attention
+    return OpenedModel(model, stored.tokenizer, weights.step, quantisation, attention, ranks)
 
 
 def _make(
@@ -168,15 +203,5 @@ def _make(
     grid = ranks.grid or Grid.single(device)
     local = build_local_model(config, dtype, grid, stages, fp8=fp8, kernels=kernels)
     local.model.to_empty(device=device)
-    state = local.model.state_dict()
-    with torch.no_grad():
-        for official, tensor in weights.items():
-            name, expert = memory_name(official)
-            if name not in state:
-                continue  # an MTP block that config.json does not have
-            placement = local.placements[name]
-            if expert is None:
-                state[name].copy_(placement.shard(tensor))
-            elif 0 <= (index := expert - placement.global_offset[0]) < placement.local_shape[0]:
-                state[name][index].copy_(placement.matrix_shard(tensor))
+    copy_weights(local, weights)
     return local.model.eval()

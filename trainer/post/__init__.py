@@ -10,11 +10,12 @@ if TYPE_CHECKING:  # for type checkers, the names of _MODULES
     from trainer.post.advantages import group_advantages, length_penalty
     from trainer.post.chosen_tokens import log_probabilities
     from trainer.post.divergence import reverse_kl
-    from trainer.post.own_samples import OwnSamples
+    from trainer.post.own_samples import OwnSamples, open_own_samples
     from trainer.post.policy import PolicyStats, policy_loss
 
 _MODULES = {
     "OwnSamples": "own_samples",
+    "open_own_samples": "own_samples",
     "PolicyStats": "policy",
     "group_advantages": "advantages",
     "length_penalty": "advantages",

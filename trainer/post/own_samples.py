@@ -14,23 +14,33 @@ from collections.abc import Sequence
 from statistics import fmean
 
 import torch
+from torch import Tensor
 
 from data import Batch, Tokenizer
+from model.kernels.operations import Kernels
 from trainer.checkpoint import checkpoints_in, step_of
 from trainer.config import Phase, RunConfig
 from trainer.config.post import PostConfig
 from trainer.device import processes_of_host
 from trainer.engine import Engine
+from trainer.generate.stored import ModelReader
 from trainer.parallel.collectives import all_gather_objects, broadcast_object
 from trainer.parallel.grid import Grid
 from trainer.post.advantages import group_advantages, length_penalty
 from trainer.post.answer import Answer, SamplingSettings
 from trainer.post.checkers import CheckerPool, Response, Score, read_response
-from trainer.post.objective import PolicyObjective
+from trainer.post.chosen_tokens import log_probabilities
+from trainer.post.objective import (
+    DistillationObjective,
+    OwnObjective,
+    PolicyObjective,
+    TeacherHidden,
+)
 from trainer.post.prompts import Prompt, Prompts
 from trainer.post.rollout import RolloutFiles, Sample
-from trainer.post.rows import batches_of
+from trainer.post.rows import batches_of, numbered
 from trainer.post.sampling import sample_answers
+from trainer.post.teachers import Teachers
 from trainer.process.heartbeat import Heartbeat
 
 
@@ -40,13 +50,20 @@ class OwnSamples:
     Attributes:
         objective: the loss of these batches.
 
-    Raises ConfigError for prompts, and PostTrainingError for checkers, that cannot be used.
+    Raises ConfigError for prompts, and PostTrainingError for checkers and teachers, that cannot be
+    used, and the errors of `read_model`.
     """
 
     def __init__(
-        self, config: RunConfig, grid: Grid, tokenizer: Tokenizer, heartbeat: Heartbeat
+        self,
+        config: RunConfig,
+        grid: Grid,
+        tokenizer: Tokenizer,
+        heartbeat: Heartbeat,
+        kernels: Kernels,
+        read_model: ModelReader | None,
     ) -> None:
-        assert config.post is not None
+        assert config.post is not None and (read_model or not config.post.models)
         self._config, self._post, self._grid = config, config.post, grid
         self._tokenizer, self._heartbeat = tokenizer, heartbeat
         self._prompts = Prompts(config, tokenizer)
@@ -56,7 +73,13 @@ class OwnSamples:
         self._samples: list[Sample] = []
         self._first: int | None = None  # step at which the current rollout began
         self._seconds: dict[str, float] = {}
-        self.objective = PolicyObjective(post, grid)
+        self._teachers = Teachers(config, grid, tokenizer, kernels, read_model)
+        self._batches: tuple[tuple[int, int], list[Batch]] | None = None
+        self.objective: OwnObjective = (
+            PolicyObjective(post, grid)
+            if post.method == "reinforce"
+            else DistillationObjective(post, grid)
+        )
 
     def at(self, step: int, engine: Engine, phase: Phase) -> list[Batch]:
         """Returns this rank's microbatches of a step; every rank calls it before the step."""
@@ -71,9 +94,9 @@ class OwnSamples:
             samples = self._files.read(first) if self._grid.is_first else None
             self._samples = broadcast_object(samples, self._grid.world)
         self._first = first
-        data, pad = self._grid.data, self._config.model.pad_token_id
-        multiple = self._grid.pipeline.size
-        return batches_of(self._samples, phase, data.rank, data.size, multiple, pad)
+        if self._batches is None or self._batches[0] != (first, phase.number):
+            self._batches = (first, phase.number), self._scored(phase)
+        return self._batches[1]
 
     def epochs_of(self, step: int) -> dict[str, float]:
         """Returns how often the steps before `step` have asked each domain's prompts, by name."""
@@ -89,6 +112,46 @@ class OwnSamples:
             "samples_per_second": len(self._samples) / step_seconds,
             **{f"seconds/{part}": value for part, value in seconds.items()},
         }
+
+    def _scored(self, phase: Phase) -> list[Batch]:
+        """Returns this rank's microbatches; other models score them for the objective.
+
+        A microbatch has samples of one teacher only.
+        """
+        post, objective = self._post, self.objective
+        if isinstance(objective, DistillationObjective):
+            batches: list[Batch] = []
+            hidden: list[TeacherHidden] = []
+            start = time.perf_counter()
+            for folder in post.models:
+                domains = {domain.name for domain in post.domains if domain.teacher == folder}
+                samples = [x for x in self._samples if x.domain in domains]
+                if not samples:  # their weight is 0
+                    continue
+                own = self._pack(samples, phase)
+                self._heartbeat.enter("scoring")
+                kept = self._teachers.read(folder, own, lambda hidden_nD, *_: hidden_nD)
+                hidden += [TeacherHidden(x, self._teachers.head(folder)) for x in kept]
+                batches += own
+            objective.teachers = hidden
+            self._seconds["score"] = time.perf_counter() - start
+            return numbered(batches)
+        batches = self._pack(self._samples, phase)
+        if post.reference is not None and isinstance(objective, PolicyObjective):
+            start = time.perf_counter()
+            self._heartbeat.enter("scoring")
+
+            def log_p(hidden_nD: Tensor, weight_vD: Tensor, target_n: Tensor) -> Tensor:
+                tensor = self._grid.tensor
+                return log_probabilities(hidden_nD, weight_vD, target_n, tensor, post.temperature)
+
+            objective.reference = self._teachers.read(post.reference, batches, log_p)
+            self._seconds["score"] = time.perf_counter() - start
+        return numbered(batches)
+
+    def _pack(self, samples: Sequence[Sample], phase: Phase) -> list[Batch]:
+        data, pad = self._grid.data, self._config.model.pad_token_id
+        return batches_of(samples, phase, data.rank, data.size, self._grid.pipeline.size, pad)
 
     def _make(self, step: int, engine: Engine, phase: Phase) -> list[Sample]:
         post = self._post
@@ -189,6 +252,23 @@ def _open_checkers(post: PostConfig) -> CheckerPool:
         post.checker_workers or workers,
         post.checker_seconds,
     )
+
+
+def open_own_samples(
+    config: RunConfig,
+    grid: Grid,
+    tokenizer: Tokenizer,
+    heartbeat: Heartbeat,
+    kernels: Kernels,
+    read_model: ModelReader | None,
+) -> OwnSamples | None:
+    """Returns what a run with `post` trains on, None for one that trains on its shards.
+
+    `read_model` opens the models that `post` names, if it names some.
+    """
+    if config.post is None:
+        return None
+    return OwnSamples(config, grid, tokenizer, heartbeat, kernels, read_model)
 
 
 def _of_samples(samples: Sequence[Sample]) -> dict[str, float]:

@@ -7,6 +7,7 @@ positions of a row.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -25,6 +26,9 @@ def batches_of(
 
     Every rank has the same number of them, a multiple of `multiple`, the last ones perhaps with
     rows without samples.
+
+    Signals of a position that predicts a token of an answer: `sampler_log_p`, the token's
+    log-probability when it was drawn, and `advantage`. `numbered` adds one of all positions.
     """
     seq_len, size = phase.rows.seq_len, phase.rows.micro_batch_size
     packed = pack(np.array([sample.positions for sample in samples]), seq_len)
@@ -33,21 +37,26 @@ def batches_of(
     local = rows[rank * per_rank : (rank + 1) * per_rank]
     local += [[] for _ in range(per_rank - len(local))]
     return [
-        _batch(samples, local[first : first + size], first * seq_len, seq_len, pad)
+        _batch(samples, local[first : first + size], seq_len, pad)
         for first in range(0, per_rank, size)
     ]
 
 
-def _batch(
-    samples: Sequence[Sample], rows: list[list[int]], first: int, seq_len: int, pad: int
-) -> Batch:
-    """Fills a microbatch; `first` is the place of its first position among those of the rank."""
+def numbered(batches: Sequence[Batch]) -> list[Batch]:
+    """Returns the microbatches with their numbers among the signals."""
+    return [
+        replace(batch, signals={**batch.signals, "number": torch.full_like(batch.tokens, number)})
+        for number, batch in enumerate(batches)
+    ]
+
+
+def _batch(samples: Sequence[Sample], rows: list[list[int]], seq_len: int, pad: int) -> Batch:
+    """Fills a microbatch."""
     shape = (len(rows), seq_len)
     tokens_BS = np.full(shape, pad, dtype=np.int64)
     targets_BS = np.full(shape, IGNORE_INDEX, dtype=np.int64)
     sampler_BS = np.zeros(shape, dtype=np.float32)
     advantage_BS = np.zeros(shape, dtype=np.float32)
-    sample_BS = np.zeros(shape, dtype=np.int64)
     lengths: list[list[int]] = [[] for _ in rows]
     for row, numbers in enumerate(rows):
         end = 0
@@ -59,15 +68,8 @@ def _batch(
             targets_BS[row, answer] = sample.ids
             sampler_BS[row, answer] = sample.log_probabilities
             advantage_BS[row, answer] = sample.advantage
-            sample_BS[row, start:end] = number
             lengths[row].append(end - start)
-    place_BS = first + np.arange(len(rows) * seq_len).reshape(shape)
-    signals = {
-        "sampler_log_p": sampler_BS,
-        "advantage": advantage_BS,
-        "sample": sample_BS,
-        "place": place_BS,
-    }
+    signals = {"sampler_log_p": sampler_BS, "advantage": advantage_BS}
     return Batch(
         torch.from_numpy(tokens_BS),
         torch.from_numpy(targets_BS),

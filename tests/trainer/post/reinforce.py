@@ -1,4 +1,4 @@
-"""A run of a second that trains on its own samples."""
+"""Runs of a second that train on their own samples."""
 
 from __future__ import annotations
 
@@ -22,6 +22,25 @@ def reinforcement(folder: Path, checker: str = "count_a", **more: object) -> lis
         "domains": [domain],
         "prompts_per_step": 2,
         "samples_per_prompt": 4,
+        "max_new_tokens": 6,
+        **more,
+    }
+    return [f"post={json.dumps(post)}", "evaluation.every=0", "metrics.layer_stats_every=0"]
+
+
+def distillation(folder: Path, teachers: list[str], **more: object) -> list[str]:
+    """The overrides of the tiny run that learns from teachers, each with a domain of its own."""
+    domains = []
+    for number, teacher in enumerate(teachers):
+        path = folder / f"prompts-{number}.jsonl"
+        texts = PROMPTS[number::2]
+        path.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
+        domains.append({"name": f"domain{number}", "prompts": str(path), "teacher": teacher})
+    post = {
+        "method": "distil",
+        "domains": domains,
+        "prompts_per_step": 4,
+        "samples_per_prompt": 2,
         "max_new_tokens": 6,
         **more,
     }

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.distributed import spawn
-from tests.trainer.post.reinforce import reinforcement
+from tests.trainer.post.reinforce import distillation, reinforcement
 from tests.trainer.tiny import column, train
 
 DEGREES = {
@@ -21,10 +21,11 @@ DEGREES = {
 STEPS = ["steps=2", "optim.learning_rate=1e-3", "data.micro_batch_size=1"]
 
 
-def train_on_rank(rank: int, world_size: int, path: Path, folder: Path, jobs: list[str]) -> None:
+def train_on_rank(
+    rank: int, world_size: int, path: Path, folder: Path, jobs: list[str], post: list[str]
+) -> None:
     for name in jobs:
-        overrides = reinforcement(folder)
-        train(path, folder / name, *STEPS, *DEGREES[name], *overrides)
+        train(path, folder / name, *STEPS, *DEGREES[name], *post)
 
 
 def samples(run_dir: Path, step: int) -> list[tuple[list[int], list[float]]]:
@@ -43,20 +44,23 @@ def assert_alike(one: Path, other: Path) -> None:
     for name in ("loss", "grad_norm", "tokens"):
         assert column(one, name) == pytest.approx(column(other, name), rel=1e-4, abs=1e-7), name
     for ours, theirs in zip(column(one, "post"), column(other, "post"), strict=True):
-        for name in ("score/words", "length/words", "entropy", "clipped_share"):
-            assert ours[name] == pytest.approx(theirs[name], rel=1e-5), name
+        assert ours.keys() == theirs.keys()
+        for name in ours:
+            if "second" not in name and "gap" not in name:
+                assert ours[name] == pytest.approx(theirs[name], rel=1e-4), name
         assert theirs["log_p_gap_max"] < 1e-4
 
 
-@pytest.fixture(scope="module")
-def alone(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("alone")
-    return train(tiny, folder / "run", *STEPS, *reinforcement(folder)).run_dir
-
-
 @pytest.mark.slow
-def test_two_ranks(alone: Path, tiny: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", ["reinforce", "distil"])
+def test_two_ranks(tiny: Path, tmp_path: Path, method: str) -> None:
     """Data ranks divide the samples but with experts on each other; a pipeline has no cache."""
-    spawn(train_on_rank, 2, tiny, tmp_path, list(DEGREES), timeout=240.0)
+    post = reinforcement(tmp_path)
+    if method == "distil":
+        for seed in (5, 6):
+            train(tiny, tmp_path / f"teacher{seed}", f"seed={seed}", "steps=2")
+        post = distillation(tmp_path, [str(tmp_path / f"teacher{seed}") for seed in (5, 6)])
+    alone = train(tiny, tmp_path / "alone", *STEPS, *post).run_dir
+    spawn(train_on_rank, 2, tiny, tmp_path, list(DEGREES), post, timeout=240.0)
     for name in DEGREES:
         assert_alike(alone, tmp_path / name)
