@@ -12,6 +12,7 @@ import torch
 from tests.trainer.post.reinforce import reinforcement
 from tests.trainer.tiny import assert_same_run, column, saved_tensors, train
 from trainer.config import ConfigError, load_config
+from trainer.engine import Engine
 from trainer.post import own_samples
 from trainer.post.own_samples import OwnSamples
 from trainer.post.prompts import Prompts
@@ -61,7 +62,7 @@ def test_what_is_logged(straight: Path) -> None:
 
 @pytest.mark.parametrize(
     ("step", "moment"),
-    [(2, "sample_answers"), (2, "_check"), (2, "batches_of"), (3, "batches_of")],
+    [(2, "sample_answers"), (2, "_check"), (2, "forward_backward"), (3, "forward_backward")],
 )
 def test_a_run_that_dies_resumes_to_the_same_bits(
     straight: Path,
@@ -73,7 +74,8 @@ def test_a_run_that_dies_resumes_to_the_same_bits(
 ) -> None:
     """Step 2 samples again, step 3 reads the rollout of step 2, whose weights are gone."""
     overrides = [*TWICE, *reinforcement(tmp_path, steps_per_rollout=2)]
-    place: Any = OwnSamples if moment == "_check" else own_samples
+    places = {"_check": OwnSamples, "forward_backward": Engine, "sample_answers": own_samples}
+    place: Any = places[moment]
     function = getattr(place, moment)
     at, steps = OwnSamples.at, [0]
 
@@ -81,8 +83,8 @@ def test_a_run_that_dies_resumes_to_the_same_bits(
         steps[0] = now
         return at(self, now, *rest)
 
-    def dies(*arguments: Any) -> Any:
-        result = function(*arguments)
+    def dies(*arguments: Any, **more: Any) -> Any:
+        result = function(*arguments, **more)
         if steps[0] == step:
             raise RuntimeError("killed")
         return result
