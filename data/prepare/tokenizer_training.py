@@ -7,7 +7,6 @@ a small corpus), the remaining ids get unused pieces that no text encodes to, so
 tokens still have V4's ids.
 """
 
-import heapq
 import io
 import signal
 import threading
@@ -15,12 +14,11 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 from data.activity import Activity, print_line
-from data.config import DataConfig, SourceConfig, TokenizerConfig
+from data.config import DataConfig, TokenizerConfig
 from data.errors import DataError
 from data.files import write_atomically
 from data.lease import Lease
-from data.prepare.corpus import BadRecord, Corpus, Document, no_document, require_few_bad
-from data.prepare.splits import document_hash, is_validation
+from data.prepare.tokenizer_sample import sample_texts
 from data.storage import AnyPath, as_path
 from data.text import (
     BOS,
@@ -47,11 +45,13 @@ def train_tokenizer(config: DataConfig, overwrite: bool = False) -> AnyPath:
     A tokenizer that is there is replaced only with `overwrite`: shards and models are of no use
     without theirs.
 
-    The sample is the `sample_bytes` worth of documents with the lowest hashes: a random sample
-    that does not depend on the order of the files. With `config.source_weights` every source
-    contributes its share of these bytes, or all it has. Raises DataError where the corpus is empty
-    or cannot be read, the vocabulary is too small for the characters of the sample, there is a
-    tokenizer, the folder cannot be written, or another process is working in it.
+    The sample is the `sample_bytes` worth of documents with the lowest hashes, of all that is read
+    (tokenizer_sample.py): a random sample that does not depend on the order of small files. With
+    `config.source_weights` every source contributes its share of these bytes, or all it has.
+
+    Raises DataError where the corpus is empty or cannot be read, the vocabulary is too small for
+    the characters of the sample, there is a tokenizer, the folder cannot be written, or another
+    process is working in it.
     """
     folder = as_path(config.tokenizer.path)
     if not overwrite:
@@ -63,13 +63,9 @@ def train_tokenizer(config: DataConfig, overwrite: bool = False) -> AnyPath:
 
 
 def _train(config: DataConfig, folder: AnyPath) -> AnyPath:
-    sample: list[str] = []
     for name in config.without_weight(config.source_weights):
         print_line(f"data.source_weights does not name {name}: it is not in the sample")
-    for sources, size in _shares(config):
-        names = ", ".join(source.name for source in sources)
-        with Activity(f"reading a sample of {names}"):
-            sample += _sample(_training_documents(config, sources), size)
+    sample = sample_texts(config)
     if not sample:
         raise DataError("the sources hold no document to train a tokenizer on.")
     millions = sum(len(text) for text in sample) / 1e6
@@ -102,16 +98,6 @@ def _ended_by_interrupt() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, handler)
-
-
-def _shares(config: DataConfig) -> list[tuple[tuple[SourceConfig, ...], int]]:
-    """Groups of sources that are sampled together, and their bytes."""
-    size = config.tokenizer.sample_bytes
-    if not config.source_weights:
-        return [(config.sources, size)]
-    total = sum(config.source_weights.values())
-    weighted = ((source, config.source_weights.get(source.name, 0.0)) for source in config.sources)
-    return [((source,), max(1, int(size * w / total))) for source, w in weighted if w > 0]
 
 
 def train_model(texts: Iterable[str], config: TokenizerConfig) -> bytes:
@@ -166,46 +152,6 @@ def _with_special_tokens(serialised: bytes, vocab_size: int) -> bytes:
             model.pieces.add(piece=token, score=0.0, type=kind.CONTROL)
     model.trainer_spec.vocab_size = vocab_size
     return model.SerializeToString(deterministic=True)
-
-
-def _training_documents(config: DataConfig, sources: Iterable[SourceConfig]) -> Iterator[Document]:
-    for source in sources:
-        corpus, count = Corpus(source), 0
-        bad: list[BadRecord] = []
-        for document in corpus.documents(bad if config.max_bad_record_fraction else None):
-            count += 1
-            if not is_validation(source, document.text, config.validation_fraction):
-                yield document
-        if bad:
-            first = f"the first is {bad[0].place}, which {bad[0].reason}"
-            total = count + corpus.empty + len(bad)
-            require_few_bad(source, len(bad), total, config.max_bad_record_fraction, first)
-            print_line(f"source {source.name!r}: {len(bad)} bad records skipped; {first}")
-        if not count:
-            raise no_document(source, len(corpus.files), corpus.empty, corpus.empty_files)
-
-
-def _sample(documents: Iterable[Document], limit: int) -> list[str]:
-    """The texts of the documents with the lowest hashes, up to `limit` UTF-8 bytes.
-
-    They are sorted by hash, without special tokens. Memory stays within `limit` and one document. A
-    document that alone exceeds the limit is cut to `limit` characters.
-    """
-    sample: list[tuple[int, int, str]] = []  # a heap of (-hash, bytes, text), highest hash first
-    bound = 1 << 64  # the lowest hash removed so far; higher hashes cannot be in the sample
-    total = 0
-    for document in documents:
-        if (number := document_hash(document.text)) >= bound:
-            continue
-        text = "\n".join(document.plain)
-        size = len(text.encode())
-        heapq.heappush(sample, (-number, size, text))
-        total += size
-        while total > limit and len(sample) > 1:
-            highest, size, _ = heapq.heappop(sample)
-            bound = -highest
-            total -= size
-    return [text[:limit] for _, _, text in sorted(sample, reverse=True)]
 
 
 def _chunks(texts: Iterable[str]) -> Iterator[str]:

@@ -14,14 +14,8 @@ from data.lease import Lease
 from data.prepare import tokenizer_training
 from data.prepare.corpus import Document
 from data.prepare.run import prepare
-from data.prepare.splits import is_validation
-from data.prepare.tokenizer_training import (
-    _sample,
-    _shares,
-    _training_documents,
-    train_model,
-    train_tokenizer,
-)
+from data.prepare.tokenizer_sample import lowest_hashes
+from data.prepare.tokenizer_training import train_model, train_tokenizer
 from data.text.special_tokens import BOS, EOS
 from data.text.tokenizer import Tokenizer
 
@@ -180,22 +174,13 @@ def test_training_is_deterministic(config: DataConfig, documents: list[str]) -> 
     assert first == train_model(documents[:20], config.tokenizer)
 
 
-def test_sample_is_bounded_and_free_of_validation_text(config: DataConfig) -> None:
-    documents = list(_training_documents(config, config.sources))
-    assert documents
-    assert not any(is_validation(config.sources[0], d.text, 0.2) for d in documents)
-    sample = _sample(documents, 50_000)
-    assert 20_000 < sum(len(text.encode()) for text in sample) <= 50_000
-    assert sample == _sample(documents[::-1], 50_000)
-
-
 def test_of_documents_that_exceed_the_limit_one_is_cut() -> None:
     documents = [Document(f"{number} " * 60) for number in range(4)]
-    (text,) = _sample(documents, 100)
+    (text,) = lowest_hashes(documents, 100)
     assert len(text) == 100 and any(document.text.startswith(text) for document in documents)
 
 
-def test_sources_give_their_weights_of_the_sample(
+def test_sources_give_their_weights_of_thelowest_hashes(
     config: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sources = []
@@ -216,8 +201,9 @@ def test_sources_give_their_weights_of_the_sample(
     sizes = {name: sum(len(t) for t in seen if t[0] == name) for name in "abc"}
     assert sizes == {"a": 15_000 // 120 * 120, "b": 5_000 // 120 * 120, "c": 0}
     update["source_weights"] = {"a": 1e9, "b": 1.0}
-    shares = _shares(DataConfig.model_validate(config.model_dump() | update))
-    assert [size for _, size in shares] == [19_999, 1]  # no source is left out
+    seen.clear()
+    train_tokenizer(DataConfig.model_validate(config.model_dump() | update), overwrite=True)
+    assert {text[0] for text in seen} == {"a", "b"}  # no source is left out
 
 
 def test_exported_folder_loads_again(tokenizer: Tokenizer, tmp_path: Path) -> None:
@@ -288,7 +274,7 @@ def test_a_folder_that_cannot_be_written_is_refused_before_the_corpus_is_read(
 ) -> None:
     (tmp_path / "file").touch()
     place = TokenizerConfig(path=str(tmp_path / "file" / "tokenizer"), vocab_size=1024)
-    monkeypatch.setattr(tokenizer_training, "_sample", None)
+    monkeypatch.setattr(tokenizer_training, "sample_texts", None)
     with pytest.raises(DataError, match=r"cannot write .*file/tokenizer"):
         train_tokenizer(config.model_copy(update={"tokenizer": place}))
 
