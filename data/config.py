@@ -252,6 +252,9 @@ class DataConfig(Section):
     source_weights: dict[str, float] = Field(default={})
     """The sources' shares of the tokens; empty: in proportion to their sizes, so that every
     source is read once per epoch."""
+    assistant_only_loss: tuple[str, ...] = ()
+    """Sources of conversations of which only the assistant's tokens are predicted: its reasoning,
+    answers, calls of tools and the end of its turns (docs/post-training.md)."""
     transforms: TransformsConfig = TransformsConfig()
     accept_change_at: NonNegativeInt | None = None
     """Step at which a resume accepts that these settings or the shards have changed, and continues
@@ -308,6 +311,26 @@ class DataConfig(Section):
                 f"engine = {self.engine} needs `work_folder`, a folder that all hosts share, where "
                 "`shards` is a URL"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _has_assistants(self) -> "DataConfig":
+        """`assistant_only_loss` names sources of conversations without fill-in-the-middle."""
+        by_name = {source.name: source for source in self.sources}
+        for name in self.assistant_only_loss:
+            source = by_name.get(name)
+            if source is None or source.content != "conversation":
+                conversations = [s.name for s in self.sources if s.content == "conversation"]
+                raise ValueError(
+                    f"assistant_only_loss names {name!r}; the sources of conversations are "
+                    f"{', '.join(conversations) or 'none'}"
+                )
+            if self.transforms.fim_rate and source.domain in self.transforms.fim_domains:
+                raise ValueError(
+                    f"assistant_only_loss names {name!r}, whose domain {source.domain} is in "
+                    "transforms.fim_domains: a rearranged document has no turns; give the source "
+                    "another domain"
+                )
         return self
 
     def check_weights(self, weights: dict[str, float]) -> None:

@@ -9,15 +9,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from data.rows.audit import MixtureAudit, audit_mixture
     from data.rows.frequencies import token_frequencies
-    from data.rows.loader import IGNORE_INDEX, Batch, Loader, Place, unigram_entropy
+    from data.rows.loader import Batch, Loader, Place
     from data.rows.packing import pack, pack_windows
     from data.rows.permutation import shuffled
     from data.rows.prefetch import Prefetcher
     from data.rows.resume import DataRecord
     from data.rows.shards import matching_manifest
+    from data.rows.targets import IGNORE_INDEX, unigram_entropy
 
 _MODULES = {
-    "IGNORE_INDEX": "loader",
+    "IGNORE_INDEX": "targets",
     "Batch": "loader",
     "DataRecord": "resume",
     "Loader": "loader",
@@ -30,7 +31,7 @@ _MODULES = {
     "pack_windows": "packing",
     "shuffled": "permutation",
     "token_frequencies": "frequencies",
-    "unigram_entropy": "loader",
+    "unigram_entropy": "targets",
 }
 __all__ = list(_MODULES)
 

@@ -11,7 +11,7 @@ most recently used windows stay in memory.
 Letters: B rows of a microbatch, S row length (`seq_len`), V vocabulary.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -21,7 +21,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from data.compiled import compiled
 from data.config import DataConfig, DataPhase
 from data.errors import DataError
 from data.manifest import Split
@@ -37,12 +36,11 @@ from data.rows.shards import (
     tables_folder,
 )
 from data.rows.stream import SourceStream
+from data.rows.targets import IGNORE_INDEX, AssistantLoss, fill, unigram_entropy
 from data.rows.transforms import FIM_EXTRA, cached_tables, fim_ids, splittable_counts, transform
 from data.rows.window import Window, build_window
 from data.text import Tokenizer
 
-IGNORE_INDEX = torch.nn.CrossEntropyLoss().ignore_index
-"""Target of a position at which nothing is predicted: -100, as PyTorch has it."""
 _CACHED_WINDOWS = 2
 _WINDOW = 7  # purpose of a key
 
@@ -109,7 +107,7 @@ class Loader:
             use.
 
     Raises DataError where the shards are missing, damaged, made with another tokenizer, or empty
-    for this split.
+    for this split, and where the tokenizer lacks what `assistant_only_loss` needs.
     """
 
     def __init__(
@@ -136,6 +134,7 @@ class Loader:
         train = split == "train"
         self.transforms = config.transforms if train else None
         self._prepare_transforms()
+        self._assistant_loss = AssistantLoss(config, [source.name for source in self.sources])
         self.schedule = Schedule(phases if train and phases else (config.one_phase(),))
         self.weights = [
             (config.source_weights if phase.source_weights is None else phase.source_weights)
@@ -249,7 +248,8 @@ class Loader:
         """(source, document in it, first and last token) that a piece of a window reads."""
         source = self.sources[window.source[document]]
         number = int(window.document[document])
-        if window.splits[document] or window.fim[document]:
+        is_masked = self._assistant_loss.applies[window.source[document]]
+        if is_masked or window.splits[document] or window.fim[document]:
             return source, number, 0, None
         return source, number, start, start + length + 1
 
@@ -410,34 +410,9 @@ class Loader:
                 key = window.key[document]
                 ids = transform(ids, self.split_table, splits, fim, self.fim_ids, key)
             start -= first
-            _copy(ids, start, length, tokens_S, targets_S, position)
+            fill(ids, start, length, tokens_S, targets_S, position)
+            if self._assistant_loss.applies[window.source[document]]:
+                self._assistant_loss.mask(ids, start, targets_S[position : position + length])
             position += length
             lengths.append(length)
         return lengths
-
-
-@compiled
-def _copy(
-    ids: np.ndarray, start: int, length: int, tokens_S: np.ndarray, targets_S: np.ndarray, at: int
-) -> None:
-    for i in range(length):
-        tokens_S[at + i] = ids[start + i]
-        targets_S[at + i] = ids[start + i + 1]
-
-
-def unigram_entropy(targets: Iterable[Tensor]) -> float:
-    """Entropy of the distribution of all targets taken together, in nats per target.
-
-    The loss of the best model that ignores the context. Entries of IGNORE_INDEX do not count; 0.0
-    where there are no others.
-    """
-    counts = torch.zeros(0, dtype=torch.int64)
-    for part in targets:
-        total = torch.bincount(part[part != IGNORE_INDEX].flatten(), minlength=len(counts))
-        total[: len(counts)] += counts
-        counts = total
-    nonzero = counts[counts > 0].double()
-    if not len(nonzero):
-        return 0.0
-    share = nonzero / nonzero.sum()
-    return float(-(share * share.log()).sum())

@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from data.text.answers import Answers
     from data.text.chat_template import export_chat_template
     from data.text.conversation import Conversation, read_messages
     from data.text.dsml import decode, encode, parse, render
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     )
 
 _MODULES = {
+    "Answers": "answers",
     "BOS": "special_tokens",
     "Conversation": "conversation",
     "EDGES": "special_tokens",
