@@ -44,15 +44,17 @@ class RemoteEngine(Engine):
     def __init__(self, preparation: Preparation, visible: bool) -> None:
         super().__init__(preparation, visible)
         self.files = preparation.folder / _FILES
-        shutil.rmtree(self.files, ignore_errors=True)  # of a run that died
-        write_preparation(self.files, preparation)
-        (preparation.folder / LOGS).mkdir(exist_ok=True)
         self.count = 0
 
     def _run(self, tasks: list[Task], attempts: Attempts, advance: Advance) -> None:
         waiting = deque(tasks)
         if worthwhile_processes(tasks) == 1:
             run_here(self.preparation, waiting, attempts, advance)
+            return
+        if not self.count:
+            shutil.rmtree(self.files, ignore_errors=True)  # of an earlier run
+            write_preparation(self.files, self.preparation)
+            (self.preparation.folder / LOGS).mkdir(exist_ok=True)
         running: dict[str, Job] = {}
         while waiting or running:
             for job in self._submit(waiting, len(running)):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import re
 import signal
 import threading
@@ -15,7 +16,7 @@ import pytest
 import data.prepare.engines.engine
 import data.prepare.work_item
 from data.config import DataConfig
-from tests.data.prepare.test_filters import GOOD
+from tests.data.prepare.filters.made import words
 
 PROCESS_BYTES = 100_000  # worth processes: the stages of documents, and not those of signatures
 
@@ -25,8 +26,9 @@ def some_parts(config: DataConfig, folder: Path, patch: pytest.MonkeyPatch) -> D
     texts = [
         text.read_text("utf-8") for text in sorted(Path(os.__file__).parent.glob("asyncio/*.py"))
     ]
+    prose = words(random.Random(0), 120)
     for i in range(6):
-        (folder / f"{i}.jsonl").write_text(lines(texts[i::6] + texts[:2] + [GOOD]))
+        (folder / f"{i}.jsonl").write_text(lines(texts[i::6] + texts[:2] + [prose]))
     patch.setattr(data.prepare.work_item, "_ITEM_BYTES", 1)
     patch.setattr(data.prepare.engines.engine, "_BYTES_PER_PROCESS", PROCESS_BYTES)
     sources = [{"name": "code", "paths": [str(folder / "*.jsonl")], "domain": "code"}]

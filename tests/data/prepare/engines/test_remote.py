@@ -146,3 +146,17 @@ def test_tasks_and_what_they_share_travel_as_json(preparation: Preparation, tmp_
     (tmp_path / "tasks.json").write_text('[{"kind": "os.system", "name": "x", "size": 1}]')
     with pytest.raises(DataError, match=r"tasks\.json is damaged"):
         kinds.read_tasks(tmp_path / "tasks.json")
+
+
+def test_the_folder_of_unfinished_shards(config: DataConfig) -> None:
+    """What is made for a URL needs a folder that all hosts share."""
+
+    def changed(**fields: object) -> DataConfig:
+        return DataConfig.model_validate(config.model_dump() | fields)
+
+    url = {"shards": "s3://bucket/shards"}
+    with pytest.raises(ValueError, match=r"engine = ray needs `work_folder`, a folder that all"):
+        changed(engine="ray", **url)
+    with pytest.raises(ValueError, match=r"work_folder is for shards at a URL"):
+        changed(work_folder="/shared")
+    assert changed(engine="ray", work_folder="/shared", **url).work_folder == "/shared"
