@@ -12,9 +12,8 @@ from data.block_cache import BlockCache
 from data.config import DataConfig
 from data.errors import DataError
 from data.manifest import Manifest
-from data.prepare.merging import merge
+from data.prepare import merge, verify
 from data.prepare.run import prepare
-from data.prepare.verification import verify
 from data.rows.loader import Loader
 from data.storage import as_path
 from data.token_counts import read_counts
