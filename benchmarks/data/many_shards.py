@@ -25,6 +25,7 @@ from data.documents import open_tables, table_file
 from data.files import sha256_of
 from data.indexed import index_bytes, token_dtype
 from data.manifest import Manifest, Shard
+from data.storage import is_url
 
 STEP = 10**6
 _DOCUMENTS, _TOKENS = 4, 300
@@ -75,6 +76,9 @@ def first_batch(shards: str, tokenizer: str, cache: str) -> None:
     """Prints the seconds from after the imports to the first batch; run in a new process."""
     began = time.perf_counter()
     from data.rows.loader import Loader
+
+    if is_url(shards):
+        import s3fs  # noqa: F401
 
     imported, cpu = time.perf_counter(), time.process_time()
     config = DataConfig.model_validate(

@@ -10,8 +10,9 @@ import data.prepare.work_item
 from data.config import DataConfig
 from data.errors import DataError
 from data.files import sha256_of
+from data.indexed import open_cache
 from data.manifest import Manifest
-from data.prepare import sending
+from data.prepare import sending, verify
 from data.prepare.run import prepare
 from data.storage import as_path
 from tests.s3 import S3Server
@@ -89,3 +90,33 @@ def test_a_part_that_was_removed_is_made_again(
     manifest = prepare(remote, progress=False)
     shard = next(s for s in manifest.shards if s.name == "text-train-00001")
     assert sha256_of(folder / "text-train-00001.bin") == shard.bin_sha256
+
+
+def test_incomplete_shards_are_copies_and_are_completed(
+    parts: DataConfig, s3: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    s3.set_faults()
+    root = as_path(f"{s3.make_bucket('incomplete')}/shards")
+    update = {"shards": str(root), "failed_tasks": "quarantine", "task_attempts": 1}
+    remote = parts.model_copy(update=update)
+    send = sending.send_part
+
+    def fail_one(*arguments: object) -> None:
+        if arguments[2] == "text-00002":
+            raise OSError(5, "Input/output error")
+        send(*arguments)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as context:
+        context.setattr("data.prepare.write_part.send_part", fail_one)
+        manifest = prepare(remote, progress=False)
+    assert list(manifest.left_out) == ["text-00002"]
+    cache = open_cache(remote)
+    assert verify(root, manifest, cache, lambda _: None).broken == []
+    before = len(s3.requests())
+    complete = prepare(remote, progress=False, overwrite=True)
+    puts = [r for r in s3.requests()[before:] if r.startswith("PUT") and ".bin" in r]
+    assert {name for name in ("00000", "00001", "00002", "00003") if name in " ".join(puts)} == {
+        "00002"
+    }
+    assert verify(root, complete, cache, lambda _: None).broken == []
+    assert sorted(root.names()) == [complete.folder, "manifest.json"]
