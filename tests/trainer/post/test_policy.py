@@ -123,8 +123,10 @@ def test_kl_to_the_reference_and_its_gradient_are_exact_in_the_mean() -> None:
 
 @pytest.mark.parametrize("divide", [False, True])
 def test_advantages_sum_to_zero_and_a_constant_reward_moves_nothing(divide: bool) -> None:
-    rewards = torch.rand(50, 7, generator=torch.Generator().manual_seed(1))
-    rewards[3] = 0.1  # three of them do not sum to 0.3 in floating point
+    generator = torch.Generator().manual_seed(1)
+    rewards = torch.rand(50, 7, generator=generator, dtype=torch.float64)
+    rewards[3] = 0.1  # whose mean is another number in floating point
+    assert rewards[3].mean() != rewards[3, 0]
     advantages = group_advantages(rewards, divide)
     assert advantages.sum(-1).abs().max() < 1e-12
     assert (advantages[3] == 0).all()

@@ -8,11 +8,9 @@ and nowhere else; docs/post-training.md says what that leaves open.
 import ctypes
 import json
 import os
-import platform
 import resource
 import struct
 import sys
-import sysconfig
 from typing import Any
 
 REFUSED = 3
@@ -105,24 +103,25 @@ def _die_with(parent: int) -> None:
 
 
 def confine(folder: str, readable: list[str]) -> None:
-    """Gives up everything but `folder` and computing; there is no way back.
+    """Gives up everything but `folder`, reading what is `readable`, and computing, for good.
 
     Raises Refusal where the kernel lacks Landlock or seccomp.
     """
-    if sys.platform != "linux" or platform.machine() not in _MACHINES:
-        raise Refusal(f"it is {sys.platform} on {platform.machine()}, not Linux on x86-64 or arm64")
+    machine = os.uname().machine
+    if sys.platform != "linux" or machine not in _MACHINES:
+        raise Refusal(f"it is {sys.platform} on {machine}, not Linux on x86-64 or arm64")
     libc = _libc()
     if libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0):
         raise Refusal("no_new_privs cannot be set")
-    _restrict_files(libc, folder, [*_python_folders(), *readable])
-    _restrict_calls(libc, *_MACHINES[platform.machine()])
+    _restrict_files(libc, folder, readable)
+    _restrict_calls(libc, *_MACHINES[machine])
 
 
 def _restrict_files(libc: Any, folder: str, readable: list[str]) -> None:
     version = libc.syscall(_CREATE_RULESET, None, ctypes.c_size_t(0), 1)
     if version < 1:
         reason = os.strerror(ctypes.get_errno())
-        raise Refusal(f"the kernel, {platform.release()}, has no Landlock ({reason})")
+        raise Refusal(f"the kernel, {os.uname().release}, has no Landlock ({reason})")
     handled = _FIRST_VERSION
     for since, right in _ADDED.items():
         handled |= right if version >= since else 0
@@ -143,15 +142,6 @@ def _restrict_files(libc: Any, folder: str, readable: list[str]) -> None:
     if libc.syscall(_RESTRICT_SELF, rules, 0):
         raise Refusal(f"Landlock: {os.strerror(ctypes.get_errno())}")
     os.close(rules)
-
-
-def _python_folders() -> list[str]:
-    """Python's standard library and the shared libraries of its modules."""
-    names = ("stdlib", "platstdlib")
-    paths = [sysconfig.get_path(name) for name in names]
-    library = sysconfig.get_config_var("LIBDIR")
-    system = ["/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/share/zoneinfo", "/dev/urandom"]
-    return [*paths, *([library] if library else []), *system]
 
 
 def _restrict_calls(libc: Any, column: int, architecture: int) -> None:

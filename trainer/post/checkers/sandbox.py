@@ -9,6 +9,7 @@ import selectors
 import signal
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import time
 from collections.abc import Sequence
@@ -106,7 +107,7 @@ class Sandbox:
             "parent": os.getpid(),
             "folder": folder,
             "confine": not config.unisolated,
-            "readable": list(config.readable),
+            "readable": [*_python_folders(), *config.readable],
             "limits": {
                 "RLIMIT_CPU": config.cpu_seconds,
                 "RLIMIT_AS": config.memory,
@@ -140,6 +141,14 @@ class Sandbox:
                     with suppress(ProcessLookupError):
                         os.killpg(process.pid, signal.SIGKILL)
         return _outcome(stopped, streams, process.returncode, key)
+
+
+def _python_folders() -> list[str]:
+    """Python's standard library, the shared libraries of its modules, and what they read."""
+    library = sysconfig.get_config_var("LIBDIR")
+    paths = [*map(sysconfig.get_path, ("stdlib", "platstdlib")), *([library] if library else [])]
+    system = ["/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/share/zoneinfo", "/dev/urandom"]
+    return paths + system
 
 
 def _environment(folder: str) -> dict[str, str]:
