@@ -37,6 +37,7 @@ from trainer.profiling import Profiler
 from trainer.run_tokenizer import keep_tokenizer, open_tokenizer, run_data
 from trainer.stability import Anticipation, Stability
 from trainer.start_log import start_notices
+from trainer.start_weights import start_from
 from trainer.state import TrainState
 from trainer.step import RolledBack, StepResult
 from trainer.to_host import to_host
@@ -103,6 +104,7 @@ class Trainer:
             self.kernels.kernels,
         )
         self.model = self.local.model
+        self.start = self.local, self.optimizer, self.tokenizer, read_model  # of `start_from`
         self.own = open_own_samples(
             config, grid, self.tokenizer, self.heartbeat, self.kernels.kernels, read_model
         )
@@ -195,10 +197,8 @@ class Trainer:
             self.state.step += 1
             self.state.tokens += result.tokens
             self.profiler.after_step(self.state.step)
-            data = self.own or self.loader
-            result.epochs = data.epochs_of(self.state.step)
-            if self.own is not None:
-                result.post = self.own.measures(result.seconds)
+            result.epochs = (self.own or self.loader).epochs_of(self.state.step)
+            result.post = None if self.own is None else self.own.measures(result.seconds)
             for hook in self.periodic:
                 hook(self.state, result)
             collect_garbage(self.state.step)
@@ -226,8 +226,7 @@ class Trainer:
     def _batches(self, step: int) -> list[Batch]:
         """Returns this rank's microbatches of the step that trains now."""
         if self.own is not None:
-            assert self.phase is not None
-            return self.own.at(step, self.engine, self.phase)
+            return self.own.at(step, self.engine, self.recipe.at(step))
         return self.anticipation.batches(step)
 
     def step(self, batches: list[Batch]) -> StepResult | RolledBack:
@@ -242,8 +241,7 @@ class Trainer:
         if self.state.step in self.state.skipped_batches:
             return self._skip_batch(phase)
         mtp_loss_weight = self.recipe.mtp_loss_weight(self.state.step)
-        asked = self.profile.requested
-        message = RankMessage(self.stop.requested, asked, self.work_seconds)
+        message = RankMessage(self.stop.requested, self.profile.requested, self.work_seconds)
         objective = None if self.own is None else self.own.objective
         losses = self.engine.forward_backward(batches, mtp_loss_weight, message, experts, objective)
         self.state.stopping = losses.messages.stop
@@ -350,9 +348,10 @@ class Trainer:
     def _begin(self) -> None:
         """Resumes, then opens the run folder's files on the first rank."""
         resumed = self.checkpoint.load(self.state)
+        start = None if resumed else start_from(self.config, *self.start)
         self.anticipation.configure(self.state)
         hosts = all_gather_objects(socket.gethostname(), self.grid.world)
-        saves = self._save_beside_training()
+        saves = (start, *self._save_beside_training())
         if not self.grid.is_first:
             return
         unsaved_steps = 0 if resumed else unsaved_progress(self.config)

@@ -224,8 +224,11 @@ def post_problems(config: RunSettings, recipe: Recipe) -> Iterator[str]:
 
     - `post` needs `engine` = native, and `stability.spikes` = null.
     - `post` needs `stability.anticipatory_routing.when` other than always.
+    - `start_from` needs `engine` = native.
     - `post.max_new_tokens` is less than `data.seq_len` and `phases.seq_len`.
     """
+    if config.start_from is not None and config.engine != "native":
+        yield f"start_from is not supported with engine = {config.engine}; use engine = native"
     if config.post is None:
         return
     if config.engine != "native":

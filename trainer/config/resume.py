@@ -36,6 +36,7 @@ RULES: dict[str, Rule] = {
     "fit_to_memory": Rule.FREE,
     "device": Rule.FREE,
     "deterministic": Rule.FREE,
+    "start_from": Rule.FREE,
     "model": Rule.SAME,
     "model.balance_loss_weight": Rule.FREE,
     "model.mtp_loss_weight": Rule.FREE,

@@ -25,6 +25,7 @@ from pydantic import (
 )
 
 from data.config import DataConfig, PlaceText
+from data.section import PathText
 from data.storage import AnyPath, absolute, as_path
 from model.config import LossWeight, ModelConfig
 from optim.config import OptimConfig
@@ -155,6 +156,9 @@ class RunConfig(Section):
     torch cannot use is an error unless this is `cpu`."""
     deterministic: bool = False
     """Refuse operations whose results can differ between runs."""
+    start_from: PathText | None = None
+    """Run folder or Hugging Face folder whose weights a run begins with, of the same sizes and with
+    the same tokenizer; the optimizer state is new. Null: initial values."""
     model: ModelConfig
     data: DataConfig
     optim: OptimConfig
@@ -314,6 +318,7 @@ class RunConfig(Section):
                 "data": data.model_copy(update=update),
                 "checkpoint": checkpoint,
                 "post": post,
+                "start_from": None if self.start_from is None else absolute(self.start_from),
                 "evaluation": self.evaluation.with_absolute_paths(),
             }
         )

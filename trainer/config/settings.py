@@ -69,6 +69,9 @@ class RunSettings(RecipeSettings, Protocol):
     def engine(self) -> str: ...
 
     @property
+    def start_from(self) -> str | None: ...
+
+    @property
     def deepspeed(self) -> dict[str, Any] | None: ...
 
     @property
