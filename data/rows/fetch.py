@@ -9,10 +9,12 @@ known the fewer requests need.
 
 from collections import deque
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
+from queue import SimpleQueue
+from threading import Thread
 
 from data.block_cache import BLOCK_BYTES, CachedObject
 
@@ -66,7 +68,7 @@ class Fetcher:
         self._ranges_of, self._fits, self._ahead_bytes = ranges_of, fits, ahead_bytes
         self._chunks: deque[_Chunk] = deque()
         self._next = -1  # first step that is not planned
-        self._threads = ThreadPoolExecutor(_AT_ONCE, "fetch")
+        self._threads = _DaemonThreads(_AT_ONCE)
 
     def prepare(self, step: int) -> None:
         """Waits for what a step reads, and plans more of the coming steps.
@@ -150,6 +152,36 @@ class Fetcher:
                 end = max(end, one.end)
             groups.append(_request(run))
         return groups
+
+
+class _DaemonThreads:
+    """Threads that run actions in order, and do not keep a process that ends from ending.
+
+    Those of `ThreadPoolExecutor` would first finish everything that was fetched ahead.
+    """
+
+    def __init__(self, count: int) -> None:
+        self._queue: SimpleQueue[tuple[Future[None], Callable[[], None]]] = SimpleQueue()
+        for number in range(count):
+            Thread(target=self._run, name=f"fetch-{number}", daemon=True).start()
+
+    def submit(self, action: Callable[[], None]) -> Future[None]:
+        """Returns the future of an action, which a thread runs."""
+        future: Future[None] = Future()
+        self._queue.put((future, action))
+        return future
+
+    def _run(self) -> None:
+        while True:
+            future, action = self._queue.get()
+            if not future.set_running_or_notify_cancel():
+                continue
+            try:
+                action()
+            except Exception as error:
+                future.set_exception(error)
+            else:
+                future.set_result(None)
 
 
 def _fetch_block(file: CachedObject, number: int) -> None:

@@ -1,5 +1,9 @@
 """What coming steps read is fetched ahead: the same rows, few requests, memory that is released."""
 
+import subprocess
+import sys
+import time
+from concurrent.futures import wait
 from pathlib import Path
 
 import pytest
@@ -46,9 +50,29 @@ def test_rows_are_those_of_local_shards(
     staged = sum(len(opened.file.staged) for opened in objects)  # type: ignore[attr-defined]
     assert staged <= sum(len(chunk.ranges) for chunk in fetcher._chunks)
     assert fits == (staged == 0)
-    fetcher._threads.shutdown(cancel_futures=True)
+    for chunk in fetcher._chunks:
+        wait([future for futures in chunk.requests.values() for future in futures])
     blocks = list((tmp_path / "cache" / "blocks").rglob("0*"))
     assert bool(blocks) == fits, "a cache that is too small is not written"
+
+
+def test_what_is_fetched_ahead_does_not_keep_a_process(
+    config: DataConfig, root: StoragePath, tmp_path: Path, s3: S3Server
+) -> None:
+    fields = changed(config, shards=str(root), cache={"folder": str(tmp_path / "cache")})
+    Loader(fields, 3)  # makes the tables
+    code = (
+        "import sys; from data.config import DataConfig; from data.rows.loader import Loader\n"
+        "loader = Loader(DataConfig.model_validate_json(sys.argv[1]), 3)\n"
+        "loader._fetcher._fits = False; loader.at(0); print('made', flush=True)"
+    )
+    s3.set_faults({"method": "GET", "path": r"\.bin", "slow": 60, "skip": 1})
+    command = [sys.executable, "-c", code, fields.model_dump_json()]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stdout.readline() == "made\n"
+        began = time.monotonic()
+        assert process.wait(50) == 0 and time.monotonic() - began < 40
+    s3.set_faults()
 
 
 def test_requests_run_at_once_and_failures_cost_only_time(
