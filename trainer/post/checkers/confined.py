@@ -32,7 +32,7 @@ _OWN = _READ | _WRITE_FILE | _REMOVE_FILE | _MAKE_REGULAR | _TRUNCATE  # files, 
 # starts a process or thread or a program, sends a signal, opens a socket, traces, mounts, makes a
 # folder, changes limits, or the mode, owner or times of a file.
 _CALLS: dict[str, tuple[int | None, int | None]] = {
-    "read": (0, 63), "write": (1, 64), "open": (2, None), "close": (3, 57), "stat": (4, None),
+    "read": (0, 63), "write": (1, 64), "close": (3, 57), "stat": (4, None),
     "fstat": (5, 80), "lstat": (6, None), "poll": (7, None), "lseek": (8, 62), "mmap": (9, 222),
     "mprotect": (10, 226), "munmap": (11, 215), "brk": (12, 214), "rt_sigaction": (13, 134),
     "rt_sigprocmask": (14, 135), "rt_sigreturn": (15, 139), "pread64": (17, 67),
@@ -48,7 +48,7 @@ _CALLS: dict[str, tuple[int | None, int | None]] = {
     "getegid": (108, 177), "getppid": (110, 173), "sigaltstack": (131, 132),
     "gettid": (186, 178), "futex": (202, 98), "sched_getaffinity": (204, 123),
     "getdents64": (217, 61), "clock_gettime": (228, 113), "clock_getres": (229, 114),
-    "clock_nanosleep": (230, 115), "exit_group": (231, 94), "openat": (257, 56),
+    "clock_nanosleep": (230, 115), "exit_group": (231, 94), 
     "newfstatat": (262, 79), "unlinkat": (263, 35), "renameat": (264, 38),
     "readlinkat": (267, 78), "faccessat": (269, 48), "pselect6": (270, 72), "ppoll": (271, 73),
     "set_robust_list": (273, 99), "dup3": (292, 24), "pipe2": (293, 59), "renameat2": (316, 276),
@@ -61,8 +61,12 @@ _SOME = {
     "fcntl": ((72, 25), (0, 1, 2, 3, 4, 5, 6, 7, 1030)),
     "ioctl": ((16, 29), (0x5401, 0x5450, 0x5451)),  # whether a terminal, close on exec or not
 }
+# Opening to read truncates with O_TRUNC, which Landlock's first versions (Linux 5.13 to 6.1) allow
+# wherever reading is: by name, the numbers, and where the flags are among the arguments.
+_OPENING = {"open": ((2, None), 24), "openat": ((257, 56), 32)}
+_ACCESS_OR_TRUNCATE, _READ_AND_TRUNCATE, _NO_ACCESS_AND_TRUNCATE = 0x203, 0x200, 0x203
 _MACHINES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}
-_LOAD, _IF_EQUAL, _RETURN = 0x20, 0x15, 0x06
+_LOAD, _AND, _IF_EQUAL, _RETURN = 0x20, 0x54, 0x15, 0x06
 _KILL, _DENY, _ALLOW = 0x80000000, 0x00050000 | 1, 0x7FFF0000
 
 
@@ -150,6 +154,12 @@ def _restrict_calls(libc: Any, column: int, architecture: int) -> None:
     for numbers in _CALLS.values():
         if (number := numbers[column]) is not None:
             program += [(_IF_EQUAL, 0, 1, number), (_RETURN, 0, 0, _ALLOW)]
+    for numbers, flags in _OPENING.values():
+        if (number := numbers[column]) is not None:
+            program += [(_IF_EQUAL, 0, 6, number), (_LOAD, 0, 0, flags)]
+            program += [(_AND, 0, 0, _ACCESS_OR_TRUNCATE), (_IF_EQUAL, 1, 0, _READ_AND_TRUNCATE)]
+            program += [(_IF_EQUAL, 0, 1, _NO_ACCESS_AND_TRUNCATE), (_RETURN, 0, 0, _DENY)]
+            program.append((_RETURN, 0, 0, _ALLOW))
     second_argument = 24  # its low half, on little-endian machines
     for call, values in _SOME.values():
         program.append((_IF_EQUAL, 0, 2 + 2 * len(values), call[column]))

@@ -110,6 +110,19 @@ def test_the_run_folder_cannot_be_read_or_listed_or_changed(tmp_path: Path) -> N
     assert secret.read_text() == "weights"
 
 
+@pytest.mark.parametrize("access", ["O_RDONLY", "O_ACCMODE"])
+def test_what_can_be_read_cannot_be_truncated(tmp_path: Path, access: str) -> None:
+    """Not by Landlock alone, whose first versions would allow it."""
+    path = tmp_path / "package.py"
+    path.write_text("value = 3")
+    source = f"import os\nos.O_ACCMODE = 3\nos.open({str(path)!r}, os.{access} | os.O_TRUNC)"
+    outcome = run(source, readable=[str(tmp_path)])
+    assert outcome.error.startswith("PermissionError: [Errno 1]")
+    assert path.read_text() == "value = 3"
+    assert run(source, readable=[str(tmp_path)], unisolated=True).status == "finished"
+    assert path.read_text() == ""
+
+
 def test_its_own_folder_is_empty_and_is_removed() -> None:
     source = "import os\nprint(os.listdir())\nopen('left', 'w')\nprint(os.getcwd())"
     listing, folder = run(source).output.splitlines()
