@@ -6,8 +6,7 @@ FOLDER is filled with what it lacks: 120 MB of real text (benchmarks/data/corpus
 128K trained on 10 MB of it, and shards. Without names all parts run, which takes about twenty
 minutes.
 
-prepare     one core: prepare, datasets.map, datatrove, Megatron's tool, the tokenizer alone; then
-            all cores
+prepare     one core: prepare, datasets.map, datatrove, Megatron's tool, the tokenizer alone
 filters     cost of each step of the filters, and what it removes
 packing     real lengths at rows of 2048 and 4096: fill, cut documents, documents/s
 loader      tokens/s with transforms off and on, first batch of a process at step 10^6

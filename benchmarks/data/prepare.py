@@ -152,19 +152,19 @@ class Memory:
 
 
 def _run(work: Callable[[], None], cores: int, pipe: object) -> None:
-    """Sends (seconds of `work` without the imports, its peak memory) from a new process."""
+    """Sends (CPU seconds of `work` without the imports, its peak memory) from a new process."""
     os.sched_setaffinity(0, set(sorted(os.sched_getaffinity(0))[:cores]))
     indexed_module(), import_module("datasets"), import_module("datatrove.data")
     memory = Memory()
-    begin = time.perf_counter()
+    begin = time.process_time()
     work()
-    seconds = time.perf_counter() - begin
+    seconds = time.process_time() - begin
     memory.sample()
     pipe.send((seconds, memory.private, memory.resident))  # type: ignore[attr-defined]
 
 
 def run(work: Callable[[], None], cores: int) -> tuple[float, int, int]:
-    """(seconds, peak private bytes, peak resident bytes) of `work` in a new process."""
+    """(CPU seconds, peak private bytes, peak resident bytes) of `work` in a new process."""
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe()
     process = context.Process(target=_run, args=(work, cores, sender))
@@ -176,29 +176,25 @@ def run(work: Callable[[], None], cores: int) -> tuple[float, int, int]:
 
 
 def side_by_side(config: DataConfig) -> None:
-    """Prints megabytes/s of each way on one core, and of prepare on all cores."""
+    """Prints megabytes per second of CPU time of each way, on one core."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         size = write_corpus(config, folder, _MEGABYTES)
         print(f"{size:.1f} MB of text, from {len(config.sources)} sources")
         one = partial(by_prepare, config, folder, prepare_workers=1)
-        ways: list[tuple[str, Callable[[], None], int]] = [
-            ("prepare", one, 1),
-            ("datasets.map", partial(by_datasets, config, folder), 1),
-            ("datatrove", partial(by_datatrove, config, folder), 1),
-            ("Megatron's tool", partial(by_megatron, config, folder), 1),
-            ("tokenizer alone", partial(by_tokenizer, config, folder), 1),
+        ways: list[tuple[str, Callable[[], None]]] = [
+            ("prepare", one),
+            ("datasets.map", partial(by_datasets, config, folder)),
+            ("datatrove", partial(by_datatrove, config, folder)),
+            ("Megatron's tool", partial(by_megatron, config, folder)),
+            ("tokenizer alone", partial(by_tokenizer, config, folder)),
         ]
-        cores = os.cpu_count() or 1
-        if cores > 1:
-            ways.append(("prepare", one, cores))
         speeds = []
-        for way, work, used in ways:
-            seconds, _, _ = run(work, used)
+        for way, work in ways:
+            seconds, _, _ = run(work, 1)
             speeds.append(size / seconds)
             print(
-                f"{way:18} {used} cores {speeds[-1]:7.2f} MB/s, "
-                f"{speeds[-1] / speeds[0]:5.2f} of prepare on one",
+                f"{way:18} {speeds[-1]:7.2f} MB/s, {speeds[-1] / speeds[0]:5.2f} of prepare",
                 flush=True,
             )
 
@@ -286,7 +282,7 @@ def memory(config: DataConfig) -> None:
             work = partial(by_prepare, config, folder, prepare_workers=1, filters=filters)
             seconds, private, resident = run(work, os.cpu_count() or 1)
             print(
-                f"{megabytes:5} MB in {seconds:4.0f} s: peak private memory {private >> 20} MiB, "
-                f"{resident >> 20} MiB with mapped files",
+                f"{megabytes:5} MB in {seconds:4.0f} s of CPU: peak private memory "
+                f"{private >> 20} MiB, {resident >> 20} MiB with mapped files",
                 flush=True,
             )
