@@ -61,6 +61,7 @@ RULES: dict[str, Rule] = {
     "data.packing_fill": Rule.ROWS,
     "data.source_weights": Rule.ROWS,
     "data.transforms": Rule.ROWS,
+    "data.assistant_only_loss": Rule.FREE,
     "data.micro_batch_size": Rule.FREE,
     "data.accept_change_at": Rule.FREE,
     "data.prefetch": Rule.FREE,
