@@ -172,7 +172,8 @@ class SignatureFiles:
         begin = 0
         while begin < len(documents):
             block_stop = documents[begin] + _BLOCK
-            end = int(np.searchsorted(documents, block_stop))
+            # A document may be there once for each range: few enough copies of its signature.
+            end = min(int(np.searchsorted(documents, block_stop)), begin + 2 * _BLOCK)
             rows = [
                 records
                 for _, records in self.blocks(int(documents[begin]), int(documents[end - 1]) + 1)
