@@ -120,7 +120,8 @@ class TokenizerConfig(Section):
     """The tokenizer's folder, and how `v4 tokenizer train` trains it."""
 
     path: PlaceText
-    """Folder with `tokenizer.model` (trained here) or `tokenizer.json` (imported); may be a URL."""
+    """Folder with `tokenizer.model` (trained here) or `tokenizer.json` (imported); may be a URL. Of
+    `hf://org/name`, fetched once, the commit of that time is used; `@COMMIT` names one."""
     vocab_size: int = Field(default=129280, ge=384, le=129280)
     """Number of ids, special tokens included; 129280 has DeepSeek-V4's own ids of special tokens.
     [tokens]"""
@@ -331,6 +332,17 @@ class DataConfig(Section):
                     "transforms.fim_domains: a rearranged document has no turns; give the source "
                     "another domain"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _has_one_tokenizer(self) -> "DataConfig":
+        """`tokenizer.path` on the hub names its commit where `engine` is slurm or ray."""
+        path = self.tokenizer.path
+        if self.engine != "local" and path.startswith("hf://") and "@" not in path:
+            raise ValueError(
+                f"tokenizer.path = {path} should name a commit, as {path}@COMMIT, so that all "
+                f"hosts of engine = {self.engine} have the same one"
+            )
         return self
 
     def check_weights(self, weights: dict[str, float]) -> None:

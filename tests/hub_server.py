@@ -38,12 +38,14 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         path, _, query = self.path.partition("?")
-        if match := re.fullmatch(r"/datasets/me/data/resolve/main/(.*)", path):
+        if match := re.fullmatch(r"/datasets/me/data/resolve/(?:main|abc)/(.*)", path):
             content = self.files[match[1]]
+            if "Range" not in self.headers:
+                return self._send(content)
             start, end = map(int, self.headers["Range"].removeprefix("bytes=").split("-"))
             content_range = f"bytes {start}-{end}/{len(content)}"
             self._send(content[start : end + 1], 206, Content_Range=content_range)
-        elif match := re.fullmatch(r"/api/datasets/me/data/tree/main/?(.*)", path):
+        elif match := re.fullmatch(r"/api/datasets/me/data/tree/(?:main|abc)/?(.*)", path):
             prefix = match[1].rstrip("/") + "/" if match[1] else ""
             below = [name for name in self.files if name.startswith(prefix)]
             folders = {

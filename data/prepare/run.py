@@ -46,7 +46,7 @@ from data.prepare.task import Preparation, Task
 from data.prepare.work_item import WorkItem, work_items
 from data.prepare.write_part import PartRecord, WritePartTask, finished_part
 from data.storage import AnyPath, StoragePath, as_path
-from data.text import Tokenizer
+from data.text import TURN_TOKENS, Tokenizer
 from data.token_counts import write_counts
 
 
@@ -61,6 +61,8 @@ def prepare(config: DataConfig, progress: bool = True, overwrite: bool = False) 
     """
     tokenizer = Tokenizer(config.tokenizer.path)
     tokenizer.check_vocab_size(config.tokenizer.vocab_size)
+    has_conversations = any(source.content == "conversation" for source in config.sources)
+    tokenizer.check_special_tokens(TURN_TOKENS if has_conversations else (), "conversations")
     corpora = [Corpus(source) for source in config.sources]
     require_distinct(corpora)
     inputs = [file for corpus in corpora for file in corpus.files] + filter_files(config.filters)

@@ -31,6 +31,7 @@ from data.text import (
     SPACE,
     Tokenizer,
     base_size,
+    is_on_hub,
     sentencepiece_schema,
     special_ids,
 )
@@ -54,6 +55,11 @@ def train_tokenizer(config: DataConfig, overwrite: bool = False) -> AnyPath:
     process is working in it.
     """
     folder = as_path(config.tokenizer.path)
+    if is_on_hub(folder):
+        raise DataError(
+            f"data.tokenizer.path = {folder} is a released tokenizer, which is used as it is; to "
+            "train one, name a folder."
+        )
     if not overwrite:
         _check_is_new(folder)
     with Lease(folder, "v4 tokenizer train"):

@@ -12,8 +12,9 @@ if TYPE_CHECKING:
     from data.text.conversation import Conversation, read_messages
     from data.text.dsml import decode, encode, parse, render
     from data.text.hf_tokenizer import SPACE
+    from data.text.hub import is_on_hub
     from data.text.prompts import OWN_PROMPTS, Prompts, read_prompts
-    from data.text.segments import Special, encode_segments
+    from data.text.segments import TURN_TOKENS, Special, encode_segments
     from data.text.special_tokens import BOS, EDGES, EOS, PAD, PAD_ID, base_size, special_ids
     from data.text.tokenizer import (
         HF_FILE,
@@ -37,12 +38,14 @@ _MODULES = {
     "Prompts": "prompts",
     "SPACE": "hf_tokenizer",
     "Special": "segments",
+    "TURN_TOKENS": "segments",
     "Tokenizer": "tokenizer",
     "base_size": "special_tokens",
     "decode": "dsml",
     "encode": "dsml",
     "encode_segments": "segments",
     "export_chat_template": "chat_template",
+    "is_on_hub": "hub",
     "parse": "dsml",
     "read_messages": "conversation",
     "read_prompts": "prompts",

@@ -26,6 +26,8 @@ Segment = str  # plain text, or a Special
 END = Special(EOS)
 USER, ASSISTANT = Special("<｜User｜>"), Special("<｜Assistant｜>")
 THINK, END_THINK = Special("<think>"), Special("</think>")
+TURN_TOKENS = (USER, ASSISTANT, THINK, END_THINK)
+"""Every conversation has some of these."""
 DSML, REMINDER = Special("｜DSML｜"), Special("<｜latest_reminder｜>")
 EXTRACTED_URL = Special("<｜extracted_url｜>")
 TASK_TOKENS = {

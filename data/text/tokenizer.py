@@ -9,6 +9,7 @@ by position instead of by rank; on text without U+2581 it gives the same ids in 
 import hashlib
 import json
 import re
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from importlib import import_module
 from typing import Any
@@ -16,12 +17,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from data.activity import print_line
 from data.errors import DataError
 from data.files import sha256_of, write_atomically
-from data.storage import AnyPath, as_path
+from data.storage import AnyPath, StoragePath, as_path
 from data.text.cuts import Cuts
 from data.text.hf_tokenizer import SPACE, tokenizer_config, tokenizer_json
-from data.text.special_tokens import BOS, EOS, PAD, special_ids
+from data.text.hub import fetched, is_on_hub
+from data.text.special_tokens import BOS, EOS, NAMED, PAD, V4_VOCAB_SIZE, special_ids
 
 MODEL_FILE = "tokenizer.model"
 HF_FILE = "tokenizer.json"
@@ -40,6 +43,8 @@ def tokenizer_file(path: str | AnyPath) -> AnyPath:
     Raises DataError where there is none.
     """
     path = as_path(path)
+    if isinstance(path, StoragePath) and is_on_hub(path):
+        path = fetched(path)
     try:
         if path.is_file():
             return path
@@ -94,6 +99,29 @@ class Tokenizer:
                 f"data.tokenizer.vocab_size is {expected}, and the tokenizer in {self.path} has "
                 f"{self.vocab_size} ids; set it to {self.vocab_size}, or train another tokenizer "
                 "in another data.tokenizer.path."
+            )
+
+    def check_special_tokens(self, wanted: Sequence[str], purpose: str) -> None:
+        """Raises DataError where the tokenizer lacks a token; warns of ids that V4 has not.
+
+        Arguments:
+            wanted: written forms, which `purpose` needs.
+        """
+        if missing := [token for token in wanted if token not in self.special]:
+            raise DataError(
+                f"{self.path} has no special token {', '.join(missing)}; {purpose} need "
+                f"{'it' if len(missing) == 1 else 'them'}."
+            )
+        official = special_ids(V4_VOCAB_SIZE)
+        ids = [(token, self.special.get(token, official[token])) for token in NAMED]
+        others = [(token, i) for token, i in ids if i != official[token]]
+        if others and self.path.name == HF_FILE and self.vocab_size > official[NAMED[0]]:
+            token, number = others[0]
+            more = f" (and {len(others) - 1} more)" if len(others) > 1 else ""
+            print_line(
+                f"v4: warning: {self.path} has {token} at {number}{more}, and DeepSeek-V4 at "
+                f"{official[token]}: its ids are not those of released models",
+                sys.stderr,
             )
 
     def encode(self, text: str, allow_special: bool = False) -> list[int]:
