@@ -40,6 +40,14 @@ LAYOUTS: dict[str, list[list[int]]] = {
     "windows over three ranks": [[9, 39], [21, 27]],
     "padding on some ranks only": [[7], [25, 3]],
     "a row that only fills up": [[], [30, 10]],
+    "turns that are not predicted": [[5, 27, 16], [31, 9]],
+    "a row without a target": [[48], [20, 28]],
+}
+# Positions of each row whose targets are not the assistant's; the first row of the last has no
+# target at all.
+TURNS = {
+    "turns that are not predicted": [[*range(3), *range(9, 24), 31, 40], [*range(12), 30, 33]],
+    "a row without a target": [[*range(48)], [*range(19)]],
 }
 # Which experts the tokens of all layers are made to choose: "even" leaves it to the router.
 ROUTINGS: dict[str, list[int]] = {"even": [], "first": [0, 1, 2], "last": [7, 6, 5]}
@@ -71,6 +79,7 @@ def batches_of(layout: str, rank: int, ranks: int) -> list[Batch]:
             end += length
             targets[row, end - 1] = IGNORE_INDEX
         targets[row, end:] = IGNORE_INDEX
+        targets[row, TURNS.get(layout, [[], []])[row]] = IGNORE_INDEX
     rows = range(rank * 2 // ranks, (rank + 1) * 2 // ranks)
     return [
         Batch(tokens[row : row + 1], targets[row : row + 1], [LAYOUTS[layout][row]]) for row in rows
