@@ -89,7 +89,7 @@ def reference() -> tuple[float, float, dict[str, Tensor]]:
 
 
 def test_gradients_are_those_of_the_assistant_s_tokens_alone() -> None:
-    """Packed in a row, and a sample in each; fp32 sums in another order: the worst is 1.1e-5 of its scale."""
+    """Packed in a row, and a sample in each; the worst of other orders of sums is 1.1e-5."""
     expected = reference()
     packed = batch_of([samples()])
     alone = [batch_of([[sample]]) for sample in samples()]
@@ -103,17 +103,6 @@ def test_gradients_are_those_of_the_assistant_s_tokens_alone() -> None:
                 continue
             scale = gradient_scale(name, expected[2])
             assert float((grad - expected[2][name]).abs().max()) <= 3e-5 * scale, name
-
-
-def test_text_after_the_last_answer_moves_nothing() -> None:
-    """Another question at the end of a sample: the same bits of every gradient."""
-    changed = samples()
-    changed[1][0][max(SAMPLES[21]) + 2 :] = 7
-    assert not changed[1][0].equal(samples()[1][0])
-    one, other = trained([batch_of([samples()])]), trained([batch_of([changed])])
-    assert one[:2] == other[:2]
-    for name, grad in one[2].items():
-        assert grad.equal(other[2][name]), name
 
 
 def test_a_step_without_a_target_changes_nothing() -> None:
