@@ -12,15 +12,16 @@ from model.parameters import parameter_counts
 from tests.model.tiny import tiny_config
 from trainer.config import RunConfig, load_config
 
-CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+FOLDER = Path(__file__).parents[2] / "configs"
+CONFIGS = sorted([*FOLDER.glob("*.yaml"), *FOLDER.glob("post/*.yaml")])
 
 
 def shipped(name: str) -> RunConfig:
-    return load_config(CONFIGS[0].parent / f"{name}.yaml")
+    return load_config(FOLDER / f"{name}.yaml")
 
 
 def test_all_are_here():
-    names = ["debug", "flash", "nano", "pro", "recipe-demo", "recipe-long"]
+    names = ["debug", "flash", "nano", "sft", "pro", "recipe-demo", "recipe-long"]
     assert [path.stem for path in CONFIGS] == names
 
 
