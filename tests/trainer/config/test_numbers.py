@@ -23,6 +23,7 @@ from trainer.config.section import section_in
 NUMBERS = (int, float)
 # 0 means "none", "never", "at once", or turns something off.
 ZERO = {
+    "DecontaminationConfig": "min_fraction",
     "FiltersConfig": "min_characters max_garbled_fraction",
     "TransformsConfig": "fim_rate fim_spm_rate punctuation_split_rate",
     "DataConfig": "validation_fraction prefetch max_bad_record_fraction source_weights "
@@ -61,6 +62,7 @@ NEGATIVE = {
 }
 # An interval, a limit or a threshold that is never reached, or checked against the model's sizes.
 HUGE = {
+    "DecontaminationConfig": "min_matches",
     "TokenizerConfig": "sample_bytes",
     "FiltersConfig": "min_characters max_characters template_min_documents",
     "DataConfig": "accept_change_at packing_window seq_len source_weights",
