@@ -114,7 +114,7 @@ def merged_manifest(manifests: Sequence[Manifest]) -> Manifest:
         if not key.startswith("data.sources") and all(s.get(key) == value for s in common):
             settings[key] = value
     settings["data.sources"] = names
-    fields = ("empty_documents", "bad_records", "empty_files", "dropped", "left_out")
+    fields = ("empty_documents", "bad_records", "empty_files", "dropped", "masked", "left_out")
     joined: dict[str, dict[str, Any]] = {name: {} for name in fields}
     for name in fields:
         for manifest in manifests:

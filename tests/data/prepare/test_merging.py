@@ -11,8 +11,9 @@ import pytest
 from data.block_cache import BlockCache
 from data.config import DataConfig
 from data.errors import DataError
-from data.manifest import Manifest
+from data.manifest import FilterStats, Manifest
 from data.prepare import merge, verify
+from data.prepare.merging import merged_manifest
 from data.prepare.run import prepare
 from data.rows.loader import Loader
 from data.storage import as_path
@@ -50,6 +51,19 @@ def together(pair: list[DataConfig], shards: str) -> DataConfig:
 def rows(config: DataConfig) -> list[bytes]:
     loader = Loader(config, 0)
     return [b.tokens.numpy().tobytes() for s in range(loader.num_steps) for b in loader.at(s)]
+
+
+def test_what_was_skipped_and_masked_is_kept(pair: list[DataConfig]) -> None:
+    stats, manifests = FilterStats(documents=3, bytes=9), []
+    for config in pair:
+        name = config.sources[0].name
+        by_source = {"masked": {name: stats}, "dropped": {name: {"near": stats}}}
+        by_source |= {"bad_records": {name: 1}, "left_out": {f"{name}-00001": "no memory"}}
+        manifests.append(Manifest.load(config.shards).model_copy(update=by_source))
+    merged = merged_manifest(manifests)
+    for field in ("masked", "dropped", "bad_records", "left_out", "empty_documents", "empty_files"):
+        one, two = (getattr(manifest, field) for manifest in manifests)
+        assert getattr(merged, field) == {**one, **two} and len(one) == len(two) == 1
 
 
 def test_merged_shards_are_read_like_those_of_one_preparation(

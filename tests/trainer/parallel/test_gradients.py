@@ -56,7 +56,7 @@ CASES = [(layout, "even") for layout in LAYOUTS] + [
     ("padding on some ranks only", "last"),
 ]
 TOPOLOGIES: dict[int, list[dict[str, int]]] = {
-    2: [{"tensor": 2}, {"context": 2}, {"expert": 2}, {"expert_tensor": 2}, {"pipeline": 2}],
+    2: [{}, {"tensor": 2}, {"context": 2}, {"expert": 2}, {"expert_tensor": 2}, {"pipeline": 2}],
     4: [
         {"context": 4},
         {"tensor": 4},
