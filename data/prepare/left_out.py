@@ -7,12 +7,15 @@ there.
 """
 
 import hashlib
+import json
 import os
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
+from data.files import fsync_file, write_atomically
 from data.manifest import Manifest
-from data.prepare.remove import remove_work_files
+from data.prepare.remove import JUDGED_WITHOUT, remove_work_files
 from data.prepare.sending import UNFINISHED
 
 
@@ -38,9 +41,31 @@ def incomplete_copy(folder: Path, manifest: Manifest) -> Path:
     """Links what the shards consist of into a folder for them to be published from."""
     copy = folder.with_name(f"{UNFINISHED}{manifest.folder}")
     shutil.rmtree(copy, ignore_errors=True)
-    shutil.copytree(folder, copy, copy_function=os.link)
+    shutil.copytree(folder, copy, copy_function=_link)
     remove_work_files(copy)
     return copy
+
+
+def parts_follow_others(folder: Path, left_out: Iterable[str]) -> bool:
+    """Whether parts were made with verdicts on other work items; then their records are removed.
+
+    What is a duplicate depends on the work items that the filter pass left out, whose names the
+    folder keeps.
+    """
+    file, names = folder / JUDGED_WITHOUT, json.dumps(sorted(left_out))
+    is_other = (file.read_text() if file.exists() else "[]") != names
+    if is_other:
+        remove_parts(folder)
+    write_atomically(file, names)
+    return is_other
+
+
+def _link(file: str, copy: str) -> None:
+    try:
+        os.link(file, copy)
+    except OSError:  # a file system without links
+        shutil.copyfile(file, copy)
+        fsync_file(Path(copy))
 
 
 def remove_parts(folder: Path) -> None:

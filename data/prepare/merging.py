@@ -71,7 +71,7 @@ def _require_mergeable(
     owners: dict[str, AnyPath] = {}
     first = manifests[0]
     for place, manifest in zip(inputs, manifests, strict=True):
-        if str(place) == str(out):
+        if _is_same(place, out):
             raise DataError(f"{out} is one of the shards to merge; name a new folder for them.")
         ids = (manifest.tokenizer_hash, manifest.vocab_size)
         if ids != (first.tokenizer_hash, first.vocab_size):
@@ -90,6 +90,12 @@ def _require_mergeable(
                     f"source {name!r} is in {other} and in {place}; prepare one of them under "
                     "another name, nothing was written."
                 )
+
+
+def _is_same(one: AnyPath, other: AnyPath) -> bool:
+    if isinstance(one, Path) and isinstance(other, Path):
+        return one.resolve() == other.resolve()
+    return str(one) == str(other)
 
 
 def merged_manifest(manifests: Sequence[Manifest]) -> Manifest:

@@ -31,7 +31,7 @@ from data.prepare.engines import Engine, open_engine
 from data.prepare.filter_pass import FilterTask
 from data.prepare.filters import filter_files, require_usable
 from data.prepare.find_files import SourceFile
-from data.prepare.left_out import incomplete_copy, remove_parts, without_items
+from data.prepare.left_out import incomplete_copy, parts_follow_others, remove_parts, without_items
 from data.prepare.publish import existing_shards, publish
 from data.prepare.remove import remove_partial_files, remove_work_files
 from data.prepare.sending import (
@@ -152,6 +152,8 @@ def _write(
         with open_engine(opened(items), progress) as engine:
             left_out = engine.run(_tasks(FilterTask, items), "filter")
         items = tuple(item for item in items if item.name not in left_out)
+        if parts_follow_others(folder, left_out) and isinstance(root, StoragePath):
+            discard(root, folder)
     with open_engine(opened(items), progress) as engine:
         if config.filters is not None and not is_complete:
             _deduplicate(engine, config, items, folder)

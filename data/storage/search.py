@@ -89,4 +89,6 @@ def _object(path: StoragePath, name: str, facts: dict[str, Any]) -> StoredObject
 
 
 def _version(facts: dict[str, Any]) -> str:
-    return next((str(facts[name]) for name in _VERSIONS if facts.get(name)), "")
+    by_name = {name.lower(): value for name, value in facts.items() if value}
+    versions = (by_name.get(name.lower()) for name in _VERSIONS)
+    return next((str(version) for version in versions if version), "")

@@ -91,7 +91,11 @@ class _Worker:
         self.pool = ProcessPoolExecutor(1, self.context, _begin_worker, self.arguments)
 
     def submit(self, task: Task) -> Future[None]:
-        return self.pool.submit(_work, task)
+        try:
+            return self.pool.submit(_work, task)
+        except BrokenProcessPool:  # it was killed while it had nothing to do
+            self.restart()
+            return self.pool.submit(_work, task)
 
 
 def _begin_worker(

@@ -165,8 +165,8 @@ class _Reporter:
 
 
 def read_report(file: Path) -> Report | None:
-    """The report in a file; None where there is none yet."""
+    """The report in a file; None where there is none yet, or none that can be read now."""
     try:
         return Report.model_validate_json(file.read_bytes())
-    except FileNotFoundError:
+    except OSError:  # also of a network file system, while another host replaces the file
         return None

@@ -53,6 +53,31 @@ def test_the_run_ends_and_what_is_done_stays(
     assert times == [(published / path.name).stat().st_ino for path in done]
 
 
+def test_parts_of_other_verdicts_are_made_again(
+    whole: DataConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that leaves out a work item is killed while it tokenises; the next one has it."""
+    whole = elsewhere(whole, "whole", filters={"min_characters": 0, "quality_rules": []})
+    complete = prepare(whole, progress=False)
+    assert any("exact" in dropped for dropped in complete.dropped.values()), "others repeat it"
+    other = elsewhere(whole, "other", failed_tasks="quarantine", task_attempts=1)
+    plain = write_part.write_part
+
+    def stop(item: WorkItem, *arguments: Any) -> Any:
+        if item.name == "code-00003":
+            raise KeyboardInterrupt
+        return plain(item, *arguments)
+
+    with monkeypatch.context() as patch:
+        break_item(patch, "filter_item", "code-00000")
+        patch.setattr(write_part, "write_part", stop)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(other, progress=False)
+    assert list(Path(other.shards).glob(".unfinished-*/code-0000?.json"))
+    assert prepare(other, progress=False) == complete
+    assert contents(other) == contents(whole)
+
+
 @pytest.mark.parametrize(
     ("filters", "work"), [(None, "write_part"), ({}, "write_part"), ({}, "filter_item")]
 )

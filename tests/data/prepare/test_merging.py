@@ -127,8 +127,10 @@ def test_what_cannot_be_merged_is_one_sentence(
     with pytest.raises(DataError, match=r"source 'one' is in .*nothing was written"):
         shutil.copytree(one, tmp_path / "copy")
         merge(tmp_path / "out", [one, tmp_path / "copy"], cache)
-    with pytest.raises(DataError, match="is one of the shards to merge"):
-        merge(one, [one, two], cache)
+    (tmp_path / "link").symlink_to(one)
+    for out in (one, tmp_path / "link"):
+        with pytest.raises(DataError, match="is one of the shards to merge"):
+            merge(out, [one, two], cache, overwrite=True)
     manifest = Manifest.load(two)
     manifest.model_copy(update={"tokenizer_hash": "other"}).save(two)
     with pytest.raises(DataError, match=r"another tokenizer than those in .*nothing was written"):

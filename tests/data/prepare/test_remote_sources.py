@@ -181,7 +181,7 @@ class Handler(SimpleHTTPRequestHandler):
         self.send_response(206 if start < len(content) else 416)
         self.send_header("Content-Range", f"bytes {start}-{stop - 1}/{len(content)}")
         self.send_header("Content-Length", str(max(0, stop - start)))
-        self.send_header("ETag", f'"{hash(content)}"')
+        self.send_header("Etag", f'"{hash(content)}"')
         self.end_headers()
         self.wfile.write(content[start:stop])
 
