@@ -3,6 +3,7 @@
 The driver writes lists of tasks into `engine/` in that folder, and the processes, their reports.
 """
 
+import secrets
 import shutil
 from abc import abstractmethod
 from collections import deque
@@ -43,7 +44,8 @@ class RemoteEngine(Engine):
 
     def __init__(self, preparation: Preparation, visible: bool) -> None:
         super().__init__(preparation, visible)
-        self.files = preparation.folder / _FILES
+        # Of its own: a process of an earlier engine, which its host lost, may still write a report.
+        self.files = preparation.folder / _FILES / secrets.token_hex(4)
         self.count = 0
 
     def _run(self, tasks: list[Task], attempts: Attempts, advance: Advance) -> None:
@@ -52,7 +54,7 @@ class RemoteEngine(Engine):
             run_here(self.preparation, waiting, attempts, advance)
             return
         if not self.count:
-            shutil.rmtree(self.files, ignore_errors=True)  # of an earlier run
+            shutil.rmtree(self.files.parent, ignore_errors=True)  # of earlier engines
             write_preparation(self.files, self.preparation)
             (self.preparation.folder / LOGS).mkdir(exist_ok=True)
         running: dict[str, Job] = {}
@@ -108,6 +110,8 @@ class RemoteEngine(Engine):
         again = []
         failures = {} if report is None else {f.position: f.error() for f in report.failures}
         position = 0 if report is None else report.position
+        if position == len(job.tasks):  # all done there, and not here: the first is to blame
+            position = 0
         blames = end != NOBODYS_FAULT
         for number, task in enumerate(job.tasks):
             if task.is_done(self.preparation.folder):
@@ -129,7 +133,7 @@ def run_job(files: Path, name: str, preparation: Preparation) -> None:
 
 def open_preparation(files: Path) -> Preparation:
     """What the tasks of all jobs share; FileNotFoundError on a host that does not see it."""
-    return read_preparation(files, files.parent)
+    return read_preparation(files, files.parents[1])
 
 
 def _report_file(files: Path, name: str) -> Path:
