@@ -97,25 +97,18 @@ class Trainer:
         )
         frequencies = token_frequencies(self.loader) if config.model.num_hash_layers else None
         self.are_ids_counted = frequencies is not None
+        counts = None if frequencies is None else frequencies.tolist()
         self.local, self.engine, self.optimizer = build_engine(
-            config,
-            grid,
-            None if frequencies is None else frequencies.tolist(),
-            self.kernels.kernels,
+            config, grid, counts, self.kernels.kernels
         )
         self.model = self.local.model
         self.start = self.local, self.optimizer, self.tokenizer, read_model  # of `start_from`
         self.own = open_own_samples(
             config, grid, self.tokenizer, self.heartbeat, self.kernels.kernels, read_model
         )
+        routing = config.stability.anticipatory_routing
         self.anticipation = Anticipation(
-            self.engine,
-            grid,
-            self.loader,
-            self.batches.at,
-            config.stability.anticipatory_routing,
-            self.recipe,
-            config.segment,
+            self.engine, grid, self.loader, self.batches.at, routing, self.recipe, config.segment
         )
         self.checkpoint = RunCheckpoint(
             config,

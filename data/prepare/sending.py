@@ -3,7 +3,7 @@
 An object cannot be renamed, so a part gets its final place at once, where no reader sees it: the
 manifest, written last, names the folder. What is needed only until then, the counts of ids, waits
 in a folder `.unfinished-DIGEST` beside it, which marks the shards as unfinished. The record of a
-part is sent last. So a preparation whose local disk is lost goes on with the parts that were sent.
+part is sent last. So a preparation whose local disk is lost resumes with the parts that were sent.
 """
 
 from collections.abc import Iterable

@@ -1,4 +1,4 @@
-"""Work items that fail in every attempt: the run ends, or goes on without them."""
+"""Work items that fail in every attempt: the run ends, or continues without them."""
 
 from pathlib import Path
 from typing import Any
